@@ -1,6 +1,7 @@
 """Settings: where they come from, how sizes are written, and the cluster secret.
 
-An argument wins over ``MOONCAKE_<SECTION>_<FIELD>`` in the environment, which wins over ``field`` in table ``[section]`` of a TOML file.
+An argument wins over ``MOONCAKE_<SECTION>_<FIELD>`` in the environment, which wins over ``field`` in table
+``[section]`` of a TOML file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The cluster secret: the bytes that all processes of one deployment share to authenticate each other.
 
-It lives in a file that only its owner can read, never in an argument or an environment variable, because those are visible to other users
-(``ps``, ``/proc``) and end up in logs.
+It lives in a file that only its owner can read, never in an argument or an environment variable, because those are
+visible to other users (``ps``, ``/proc``) and end up in logs.
 """
 
 from __future__ import annotations
@@ -35,17 +35,21 @@ class Secret:
         """Read the secret from a file; one line end at the end is not part of it.
 
         Raises:
-            ConfigError: The file is absent, not a regular file, readable or writable by group or others, shorter than 16 bytes or longer
-                than 4096.
+            ConfigError: The file is absent, not a regular file, readable or writable by group or others, shorter than
+                16 bytes or longer than 4096.
         """
         shown = os.fspath(path)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise ConfigError(SECRET_FILE_VARIABLE, shown, f"it cannot be read ({error.strerror}); {_MAKE_ONE}") from error
-        with open(descriptor, "rb") as file:
+            raise ConfigError(
+                SECRET_FILE_VARIABLE, shown, f"it cannot be read ({error.strerror}); {_MAKE_ONE}"
+            ) from error
+        try:
             _check_mode(os.fstat(descriptor).st_mode, shown)
-            content = file.read(MAX_SECRET_BYTES + 1)
+            content = os.read(descriptor, MAX_SECRET_BYTES + 3)  # a line end, and one more to see that it is too long
+        finally:
+            os.close(descriptor)
         content = content.removesuffix(b"\n").removesuffix(b"\r")
         _check_length(content, SECRET_FILE_VARIABLE, shown)
         return cls(content)
@@ -61,7 +65,9 @@ class Secret:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise ConfigError(SECRET_FILE_VARIABLE, os.fspath(path), f"it cannot be created ({error.strerror})") from error
+            raise ConfigError(
+                SECRET_FILE_VARIABLE, os.fspath(path), f"it cannot be created ({error.strerror})"
+            ) from error
         with open(descriptor, "wb") as file:
             file.write(key + b"\n")
         return cls(key)
@@ -91,6 +97,8 @@ def _check_mode(mode: int, shown: str) -> None:
 
 def _check_length(key: bytes, name: str, shown: str) -> None:
     if len(key) < MIN_SECRET_BYTES:
-        raise ConfigError(name, shown, f"it holds {len(key)} bytes, at least {MIN_SECRET_BYTES} are needed; {_MAKE_ONE}")
+        raise ConfigError(
+            name, shown, f"it holds {len(key)} bytes, at least {MIN_SECRET_BYTES} are needed; {_MAKE_ONE}"
+        )
     if len(key) > MAX_SECRET_BYTES:
         raise ConfigError(name, shown, f"it holds more than {MAX_SECRET_BYTES} bytes; {_MAKE_ONE}")

@@ -41,9 +41,7 @@ def format_bytes(size: int) -> str:
     """
     if size < 0:
         raise ConfigError("size", size, "give a number of bytes that is not negative")
-    value, unit = float(size), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):  # noqa: B007 - the last unit reached is the one to print
-        if value < 1024 or unit == "PiB":
-            break
-        value /= 1024
-    return f"{value:.0f}{unit}" if value == int(value) else f"{value:.1f}{unit}"
+    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+    power = min((max(size, 1).bit_length() - 1) // 10, len(units) - 1)
+    value = size / 1024**power
+    return f"{size >> (10 * power)}{units[power]}" if value == int(value) else f"{value:.1f}{units[power]}"

@@ -1,7 +1,8 @@
 """Fill a frozen dataclass from arguments, the environment and a file, and say exactly which of them was wrong.
 
-The dataclass is the schema: its fields are the only keys, its defaults the only defaults, its types the only conversions, and its
-``__post_init__`` the only checks. Fields whose name ends in ``_bytes`` accept ``64MiB``; tuples accept comma-separated text.
+The dataclass is the schema: its fields are the only keys, its defaults the only defaults, its types the only
+conversions, and its ``__post_init__`` the only checks. Fields whose name ends in ``_bytes`` accept ``64MiB``; tuples
+accept comma-separated text.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def from_sources(
     environ: Mapping[str, str] | None = None,
     file: Path | None = None,
 ) -> T:
-    """Make a ``cls`` from an argument > ``MOONCAKE_<SECTION>_<FIELD>`` > ``field`` in table ``[section]`` of the TOML file > its default.
+    """Make a ``cls`` from an argument > ``MOONCAKE_<SECTION>_<FIELD>`` > ``field`` in table ``[section]`` of the TOML
+    file > its default.
 
     Args:
         cls: A dataclass; its fields are the known keys.
@@ -51,7 +53,9 @@ def from_sources(
         ConfigError: An unknown key, a value of the wrong type, a missing field without default, or an unreadable file.
     """
     if not section.isalnum() or section != section.lower():
-        raise ConfigError("section", section, "use one lower-case word, so that MOONCAKE_<SECTION>_<FIELD> can be told apart")
+        raise ConfigError(
+            "section", section, "use one lower-case word, so that MOONCAKE_<SECTION>_<FIELD> can be told apart"
+        )
     types = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     found: dict[str, _Found] = {}
@@ -61,7 +65,8 @@ def from_sources(
         found.setdefault(name, item)
     for name, field in fields.items():
         if name not in found and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{section}.{name}", None, f"it has no default; set it, for example as MOONCAKE_{section}_{name}".upper())
+            remedy = f"it has no default; set MOONCAKE_{section.upper()}_{name.upper()}"
+            raise ConfigError(f"{section}.{name}", None, remedy)
     return cls(**{name: _convert(item, name, types[name]) for name, item in found.items()})
 
 

@@ -1,7 +1,7 @@
 """The plugin core: how this project's own parts and third parties offer what they have.
 
-A plugin is a module (or object) with functions marked ``@hookimpl`` that return `Provider` objects; it is found through the entry point
-group ``mooncake_plugins``. Our own parts take the same road. ``docs/hooks.md`` describes each hook.
+A plugin is a module (or object) with functions marked ``@hookimpl`` that return `Provider` objects; it is found through
+the entry point group ``mooncake_plugins``. Our own parts take the same road. ``docs/hooks.md`` describes each hook.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The hooks of the core.
 
-All of them *offer*: they take no arguments, are called once per process when a registry first needs them, and return a list of `Provider`.
-A hook is never called per request slice or block. ``docs/hooks.md`` has one section per hook, with an example.
+All of them *offer*: they take no arguments, are called once per process when a registry first needs them, and return a
+list of `Provider`. A hook is never called per request slice or block. ``docs/hooks.md`` has one section per hook, with
+an example.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def mooncake_metadata_backends() -> list[Provider]:  # type: ignore[empty-body]
 def mooncake_commands() -> list[Provider]:  # type: ignore[empty-body]
     """Offer sub-commands of ``mooncake``.
 
-    The target is a ``click.Command``. A name of several words joins a group: ``"trace replay"`` becomes ``mooncake trace replay``.
+    The target is a ``click.Command``. A name of several words joins a group: ``"trace replay"`` becomes ``mooncake
+    trace replay``.
     """
 
 
@@ -38,7 +40,8 @@ def mooncake_commands() -> list[Provider]:  # type: ignore[empty-body]
 def mooncake_doctor_checks() -> list[Provider]:  # type: ignore[empty-body]
     """Offer checks of this host for ``mooncake doctor``.
 
-    The target is a callable without arguments that returns or yields `CheckResult`. It must not change anything and must end within seconds.
+    The target is a callable without arguments that returns or yields `CheckResult`. It must not change anything and
+    must end within seconds.
     """
 
 

@@ -1,6 +1,7 @@
 """A promise of something loadable: a name, where it is, and what it needs.
 
-Nothing is imported until `Provider.load`, so a plugin whose library is absent does no harm to others and costs no start-up time.
+Nothing is imported until `Provider.load`, so a plugin whose library is absent does no harm to others and costs no
+start-up time.
 """
 
 from __future__ import annotations
@@ -38,15 +39,20 @@ class Provider:
 
     def __post_init__(self) -> None:
         if not self.name or self.name != " ".join(self.name.split()):
-            raise PluginError(f"provider name {self.name!r} is not usable: words separated by single spaces are expected")
+            raise PluginError(
+                f"provider name {self.name!r} is not usable: words separated by single spaces are expected"
+            )
         if not _TARGET.fullmatch(self.target):
-            raise PluginError(f"provider {self.name!r}: target {self.target!r} is not of the form 'package.module:attribute'")
+            raise PluginError(
+                f"provider {self.name!r}: target {self.target!r} is not of the form 'package.module:attribute'"
+            )
 
     def load(self) -> Any:
         """Import the target and return it. Repeated calls return the same object.
 
         Raises:
-            ProviderUnavailableError: The module or what it imports is absent, or it has no such attribute; the message says what to install.
+            ProviderUnavailableError: The module or what it imports is absent, or it has no such attribute; the message
+                says what to install.
 
         Blocking: for as long as the import takes. Thread-safe.
         """
@@ -57,12 +63,10 @@ class Provider:
                 value = getattr(value, part)
         except ImportError as error:
             raise ProviderUnavailableError(self.hook, self.name, _reason(error), self._remedy()) from error
-        except AttributeError as error:
-            remedy = f"it should be at {self.target}; report this to the authors of plugin {self.plugin or 'that offers it'!r}"
-            raise ProviderUnavailableError(self.hook, self.name, str(error), remedy) from error
-        except Exception as error:  # a plugin's module may raise anything while it is imported
-            remedy = f"report this to the authors of plugin {self.plugin or 'that offers it'!r}"
-            raise ProviderUnavailableError(self.hook, self.name, f"{type(error).__name__}: {error}", remedy) from error
+        except Exception as error:
+            remedy = f"{self.target} is wrong or broken; tell the authors of plugin {self.plugin or '(unknown)'!r}"
+            reason = f"{type(error).__name__}: {error}"
+            raise ProviderUnavailableError(self.hook, self.name, reason, remedy) from error
         return value
 
     def _remedy(self) -> str:

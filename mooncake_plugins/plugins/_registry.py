@@ -1,7 +1,7 @@
 """Finds plugins, asks them once what they offer, and keeps the answers.
 
-One broken plugin never takes down the others: it is left out, and `PluginRegistry.failures` says why. A name that two plugins offer is an
-error for whoever asks for that hook, because choosing silently would be worse.
+One broken plugin never takes down the others: it is left out, and `PluginRegistry.failures` says why. A name that two
+plugins offer is an error for whoever asks for that hook, because choosing silently would be worse.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 GROUP = "mooncake_plugins"
 
-# Our own plugins, as pyproject.toml declares them (a test compares the two). Only used when the code runs from a checkout that is not
-# installed, where no entry points exist. They are strings: the core imports nothing above it.
+# Our own plugins, as pyproject.toml declares them (a test compares the two). Only used when the code runs from a
+# checkout that is not installed, where no entry points exist. They are strings: the core imports nothing above it.
 OWN_PLUGINS = {
     "core": "mooncake_plugins.plugins.builtin",
     "conductor": "mooncake_conductor.plugin",
@@ -63,7 +63,8 @@ class PluginFailure:
 class PluginRegistry:
     """Everything that is offered in this process.
 
-    Thread-safety: `load` belongs to one thread; afterwards everything is read-only except the per-hook cache, which is safe to fill twice.
+    Thread-safety: `load` belongs to one thread; afterwards everything is read-only except the per-hook cache, which is
+    safe to fill twice.
     """
 
     def __init__(self) -> None:
@@ -108,15 +109,17 @@ class PluginRegistry:
         """
         try:
             self._manager.register(plugin, name)
-        except (ValueError, pluggy.PluginValidationError) as error:
-            if self._manager.get_plugin(name) is plugin:
-                self._manager.unregister(plugin)  # pluggy keeps a plugin whose validation failed
+        except ValueError as error:
+            raise PluginError(f"plugin {name!r}: {error}") from error
+        except pluggy.PluginValidationError as error:
+            if self._manager.is_registered(plugin):  # older pluggy keeps a plugin whose validation failed
+                self._manager.unregister(plugin)
             raise PluginError(f"plugin {name!r}: {error}") from error
         self._plugins.append(PluginInfo(name, distribution, version))
         self._offers.clear()
 
     def check_pending(self) -> None:
-        """Leave out plugins that implement a hook nobody specifies (usually a misspelt name); each is listed in `failures`."""
+        """Leave out plugins that implement a hook nobody specifies, usually a misspelt one; `failures` lists them."""
         while True:
             try:
                 self._manager.check_pending()
@@ -173,7 +176,7 @@ class PluginRegistry:
         try:
             answers = self._manager.subset_hook_caller(hook, others)()
             return [_checked(provider) for answer in answers for provider in answer]
-        except Exception as error:  # a plugin's hook may raise anything; the others must go on
+        except Exception as error:  # noqa: BLE001 - a plugin's hook may raise anything; the others must go on
             self._fail(name, f"{hook} raised {type(error).__name__}: {error}")
             return []
 
@@ -183,7 +186,7 @@ class PluginRegistry:
             plugin = entry_point.load()
             name, version = (distribution.name, distribution.version) if distribution else (DISTRIBUTION, "checkout")
             self.register(plugin, entry_point.name, distribution=name, version=version)
-        except Exception as error:  # importing a plugin may raise anything; the others must go on
+        except Exception as error:  # noqa: BLE001 - importing a plugin may raise anything; the others must go on
             self._fail(entry_point.name, f"{entry_point.value}: {type(error).__name__}: {error}")
 
     def _fail(self, name: str, reason: str) -> None:
@@ -203,7 +206,9 @@ def _entry_points() -> list[metadata.EntryPoint]:
     installed = list(metadata.entry_points(group=GROUP))
     ours = set(OWN_PLUGINS.items())
     if not any((point.name, point.value) in ours for point in installed):
-        installed += [metadata.EntryPoint(name, module, GROUP) for name, module in OWN_PLUGINS.items() if _exists(module)]
+        installed += [
+            metadata.EntryPoint(name, module, GROUP) for name, module in OWN_PLUGINS.items() if _exists(module)
+        ]
     return sorted(installed, key=lambda point: (point.name, point.value))
 
 
@@ -216,7 +221,8 @@ def _exists(module: str) -> bool:
 
 @functools.cache
 def default_registry() -> PluginRegistry:
-    """The registry of this process: installed plugins, minus those named in ``MOONCAKE_PLUGINS_DISABLED``. Loaded on first use.
+    """The registry of this process: installed plugins, minus those named in ``MOONCAKE_PLUGINS_DISABLED``. Loaded on
+    first use.
 
     Raises:
         ConfigError: A ``MOONCAKE_PLUGINS_…`` variable is not usable.

@@ -25,9 +25,19 @@ def mooncake_metadata_backends() -> list[Provider]:
 def mooncake_commands() -> list[Provider]:
     """Offer the commands that belong to no other part."""
     return [
-        Provider("doctor", "mooncake_plugins.cli.doctor:doctor", help="Say what this host can do, and how to fix what it cannot."),
-        Provider("plugins", "mooncake_plugins.cli.plugins:plugins", help="List what is offered, what loads, and why something does not."),
-        Provider("up", "mooncake_plugins.cli.up:up", help="Start and supervise engines and the Conductor for one model."),
+        Provider(
+            "doctor",
+            "mooncake_plugins.cli.doctor:doctor",
+            help="Say what this host can do, and how to fix what it cannot.",
+        ),
+        Provider(
+            "plugins",
+            "mooncake_plugins.cli.plugins:plugins",
+            help="List what is offered, what loads, and why something does not.",
+        ),
+        Provider(
+            "up", "mooncake_plugins.cli.up:up", help="Start and supervise engines and the Conductor for one model."
+        ),
     ]
 
 
