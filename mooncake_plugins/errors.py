@@ -19,6 +19,7 @@
     │   ├── RejectedError             the peer refused (bounds, rights, grant)
     │   │   └── GrantError            the grant is unknown, expired, revoked or does not cover the write
     │   ├── DeadlineExceededError     the deadline passed
+    │   ├── QuarantineFullError       too many bytes may still be written by revoked writers
     │   └── IntegrityError            a checksum did not match
     ├── MetadataError                 a segment cannot be resolved
     ├── HandoffError
@@ -140,10 +141,20 @@ class DeadlineExceededError(TransferError):
     retryable = True
 
 
-class IntegrityError(TransferError):
-    """Received bytes do not match their checksum."""
+class QuarantineFullError(TransferError):
+    """Revoked grants that are not fenced yet cover so many bytes that no new grant is given."""
 
     retryable = True
+
+
+class IntegrityError(TransferError):
+    """Received bytes do not match their checksum; ``indexes`` names the entries of the batch, where known."""
+
+    retryable = True
+
+    def __init__(self, message: str, indexes: tuple[int, ...] = ()) -> None:
+        self.indexes = indexes
+        super().__init__(message)
 
 
 class MetadataError(MooncakeError):
