@@ -27,16 +27,16 @@ def mooncake_commands() -> list[Provider]:
     return [
         Provider(
             "doctor",
-            "mooncake_plugins.cli.doctor:doctor",
+            "mooncake_plugins.cli._doctor:doctor",
             help="Say what this host can do, and how to fix what it cannot.",
         ),
         Provider(
             "plugins",
-            "mooncake_plugins.cli.plugins:plugins",
+            "mooncake_plugins.cli._plugins:plugins",
             help="List what is offered, what loads, and why something does not.",
         ),
         Provider(
-            "up", "mooncake_plugins.cli.up:up", help="Start and supervise engines and the Conductor for one model."
+            "up", "mooncake_plugins.cli._up:up", help="Start and supervise engines and the Conductor for one model."
         ),
     ]
 
@@ -44,4 +44,4 @@ def mooncake_commands() -> list[Provider]:
 @hookimpl
 def mooncake_doctor_checks() -> list[Provider]:
     """Offer the checks of the host itself."""
-    return [Provider("host", "mooncake_plugins.cli.doctor:check_host", help="Python, memory, devices, limits")]
+    return [Provider("host", "mooncake_plugins.cli._host:check_host", help="Python, memory, devices, limits")]
