@@ -122,9 +122,13 @@ class ClosedError(LocalUsageError):
 
 
 class PeerClosedError(TransferError):
-    """The peer is gone, or another process answers under its name."""
+    """The peer is gone, or (``was_restarted``) another process answers under its name: open it again."""
 
     retryable = True
+
+    def __init__(self, message: str, *, was_restarted: bool = False) -> None:
+        self.was_restarted = was_restarted
+        super().__init__(message)
 
 
 class RejectedError(TransferError):

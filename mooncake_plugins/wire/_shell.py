@@ -69,7 +69,7 @@ def dial(
     try:
         agreed = run_client(stream, ClientHandshake(identity, role, secret_key(secret), new_nonce(), versions), deadline)
         if incarnation is not None and agreed.peer.incarnation != incarnation:
-            raise PeerClosedError(f"{address} was restarted: open it again")
+            raise PeerClosedError(f"{address} was restarted: open it again", was_restarted=True)
     except BaseException:
         stream.close(reset=True)
         raise
