@@ -81,9 +81,8 @@ def supervise(
         0 if it was stopped from outside and everything ended; 1 if a part died, was not ready in time, or could not be
         ended.
 
-    Blocking: until everything has ended. Belongs in the main thread: it handles signals. When it returns or raises, no
-        process of the parts
-    is left, unless it said so; if this process is killed, its parts are stopped all the same (`_guard`).
+    Blocking: until everything has ended. Belongs in the main thread: it handles signals. When it returns, no process of
+    the parts is left, unless it said so. When it raises, or this process is killed, the guards (`_guard`) stop them.
     """
     shell = _Shell(parts, say, all_ready, spawned, ready_timeout_s, grace_s)
     return asyncio.run(shell.run())
