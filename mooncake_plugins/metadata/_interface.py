@@ -35,8 +35,9 @@ class MetadataBackend(ABC):
     """Publishes this engine's segment and resolves the names of others.
 
     One object per engine, made with ``(host, location)``: ``location`` is what follows the backend's name in
-    `EngineOptions.metadata` (``"etcd://a:2379"``: ``"a:2379"``), empty for p2p. An entry names an incarnation, so that a peer which
-    was restarted is never taken for its predecessor. Backends that store entries lease them and withdraw them on ``close``.
+    `EngineOptions.metadata` (``"etcd://a:2379"``: ``"a:2379"``), empty for p2p. An entry names an incarnation, so
+    that a peer which was restarted is never taken for its predecessor. Backends that store entries lease them and
+    withdraw them on ``close``.
     """
 
     name: ClassVar[str]

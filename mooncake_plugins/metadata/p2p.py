@@ -1,4 +1,4 @@
-"""p2p: a segment's name is its engine's host:port, and the engine itself answers, on a connection of role "metadata"."""
+"""p2p: a segment's name is its engine's host:port, and the engine itself answers (role "metadata")."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ class Batch:
         """Wait until the batch is terminal.
 
         Returns:
-            PENDING if ``timeout_s`` passed first. With any other answer, no buffer of this side is read or written any more on
-            behalf of this batch.
+            PENDING if ``timeout_s`` passed first. With any other answer, no buffer of this side is read or written
+            any more on behalf of this batch.
 
         Blocking: up to ``timeout_s``. Thread-safe.
         """

@@ -3,8 +3,9 @@
     RUNNING --last work done--> DONE
     RUNNING --a work failed | cancel | deadline--> STOPPING --no work is active--> FAILED | CANCELLED
 
-A work is *active* from ``begin`` until it ended: only then may a mover touch this side's memory for it. So a batch is terminal only when
-nothing touches memory on its behalf any more, and works that were never begun need not be waited for.
+A work is *active* from ``begin`` until it ended: only then may a mover touch this side's memory for it. So a batch is
+terminal only when nothing touches memory on its behalf any more, and works that were never begun need not be waited
+for.
 """
 
 from __future__ import annotations

@@ -59,20 +59,18 @@ class TransferEngine:
     All methods are thread-safe. Use as a context manager, or call ``close``.
     """
 
-    def __init__(self, options: EngineOptions = EngineOptions(), *, registry: PluginRegistry | None = None) -> None:
+    def __init__(self, options: EngineOptions | None = None, *, registry: PluginRegistry | None = None) -> None:
         """Listen on the port and start the transports.
 
         Raises:
             ConfigError: A setting cannot be used; nothing is left open.
             ProviderUnavailableError: A transport that was asked for lacks what it needs.
         """
-        self._options = options
+        self._options = options = EngineOptions() if options is None else options
         plugins = registry_or_default(registry)
         self._transports = load_transports(plugins, options.transports)
         backend, location = load_metadata(plugins, options.metadata)
-        limits = ListenerLimits(
-            options.handshake_timeout_s, options.max_connections, options.max_pending_handshakes
-        )
+        limits = ListenerLimits(options.handshake_timeout_s, options.max_connections, options.max_pending_handshakes)
         self._listener = RoleListener(options.listen, options.secret, limits)
         self._identity = self._make_identity()
         self._counters = Counters()
@@ -169,7 +167,8 @@ class TransferEngine:
     def unregister(self, region: Region, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Take a buffer out of the segment, once nobody uses it.
 
-        New uses are refused at once, and grants that cover the region are revoked; batches and peers that use it are waited for.
+        New uses are refused at once, and grants that cover the region are revoked; batches and peers that use it are
+        waited for.
 
         Raises:
             DeadlineExceededError: It is still in use (or a revoked writer is not fenced); it stays registered.
@@ -285,8 +284,8 @@ class TransferEngine:
         """Queue one batch of transfers with a peer and return at once.
 
         Neighbours that are contiguous on both sides are merged, then the batch is cut in slices and spread over the
-        connections; order is not kept. The local ranges must stay registered and, for a WRITE, unchanged until the batch is
-        terminal. Local ranges of a READ must not overlap each other.
+        connections; order is not kept. The local ranges must stay registered and, for a WRITE, unchanged until the
+        batch is terminal. Local ranges of a READ must not overlap each other.
 
         Args:
             peer: An open peer.
@@ -432,13 +431,16 @@ class TransferEngine:
 
     # -- grants
 
-    def grant(self, offsets: ArrayLike, lengths: ArrayLike, *, deadline_s: float, peer: Peer | str | None = None) -> Grant:
+    def grant(
+        self, offsets: ArrayLike, lengths: ArrayLike, *, deadline_s: float, peer: Peer | str | None = None
+    ) -> Grant:
         """Let peers write ranges of this segment until the deadline, or until revoked.
 
         Args:
             offsets: int64[n], byte offsets in this segment.
             lengths: int64[n], bytes, > 0; ranges must not overlap.
-            deadline_s: Seconds from now, after which writes are refused. The ranges may be used again after ``revoke`` said FENCED.
+            deadline_s: Seconds from now, after which writes are refused. The ranges may be used again after
+                ``revoke`` said FENCED.
             peer: The only one that may write: an open peer, or its incarnation; None: whoever has the token.
 
         Raises:

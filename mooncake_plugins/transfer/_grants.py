@@ -2,9 +2,9 @@
 
     OPEN --revoke | deadline--> CLOSED --no chunk is in progress and every transport says so--> FENCED
 
-A writer's bytes land only between ``begin_chunk`` and ``end_chunk``, and ``begin_chunk`` says no once the grant is not OPEN. So the
-grant is FENCED when it is CLOSED and no chunk is in progress: from then on no byte can land under it, whatever the
-writer, the network or a sleeping thread does. Until then its bytes are in quarantine.
+A writer's bytes land only between ``begin_chunk`` and ``end_chunk``, and ``begin_chunk`` says no once the grant is
+not OPEN. So the grant is FENCED when it is CLOSED and no chunk is in progress: from then on no byte can land under
+it, whatever the writer, the network or a sleeping thread does. Until then its bytes are in quarantine.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class Grant:
 
         Returns:
             FENCED: No byte can land under this grant any more: the ranges may be used again.
-            QUARANTINED: That could not be made sure in time. The bytes are counted in ``quarantined_bytes`` until it is; call again to
-            learn whether it is by now.
+            QUARANTINED: That could not be made sure in time. The bytes are counted in ``quarantined_bytes`` until it
+                is; call again to learn whether it is by now.
 
         Blocking: up to ``timeout_s``. Thread-safe, idempotent.
         """
@@ -187,7 +187,9 @@ class GrantedWrite(WriteAdmission):
 class GrantTable:
     """The grants of one engine. Thread-safe."""
 
-    def __init__(self, max_grants: int, quarantine_limit_bytes: int, listeners: Callable[[], Iterable[Listener]]) -> None:
+    def __init__(
+        self, max_grants: int, quarantine_limit_bytes: int, listeners: Callable[[], Iterable[Listener]]
+    ) -> None:
         self._lock = threading.Lock()
         self._max_grants, self._limit = max_grants, quarantine_limit_bytes
         self._listeners = listeners
@@ -250,7 +252,7 @@ class GrantTable:
     def _is_fenced(self, grant: Grant, deadline: Deadline) -> bool:
         if not grant.wait_quiet(deadline):
             return False
-        return all([listener.fence(grant.token, deadline) for listener in self._listeners()])
+        return all(listener.fence(grant.token, deadline) for listener in self._listeners())
 
     def settle(self) -> int:
         """Release what has been fenced since; return the bytes that are still in quarantine."""

@@ -1,7 +1,8 @@
 """All traffic with one incarnation of a peer: a queue, a few mover threads, and a few endpoints.
 
-A mover takes a work and an endpoint at the same time, so there are never more connections than `connections_per_peer`, whoever
-moves. ``run_here`` lets a caller that waits anyway do the work in its own thread, without a hand-over.
+A mover takes a work and an endpoint at the same time, so there are never more connections than
+`connections_per_peer`, whoever moves. ``run_here`` lets a caller that waits anyway do the work in its own thread,
+without a hand-over.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class Link:
                 return
             try:
                 endpoint, is_reused = self._endpoint(slot, work)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - a third-party transport may raise anything
                 batch.fail_early(error)
                 return
             if self._enter(slot, batch):
@@ -205,14 +206,18 @@ class Link:
         """Close idle connections that are broken or old."""
         now = time.monotonic()
         with self._changed:
-            idle = [slot for slot in self._free if slot.endpoint is not None]
-            stale = [s for s in idle if s.endpoint and (now - s.last_used > self._idle_timeout_s or not s.endpoint.is_usable)]
+            stale = [slot for slot in self._free if self._is_stale(slot, now)]
             dropped = [slot.endpoint for slot in stale]
             for slot in stale:
                 slot.endpoint = None
         for endpoint in dropped:
             if endpoint is not None:
                 endpoint.close()
+
+    def _is_stale(self, slot: Slot, now: float) -> bool:
+        if slot.endpoint is None:
+            return False
+        return now - slot.last_used >= self._idle_timeout_s or not slot.endpoint.is_usable
 
     @property
     def is_idle(self) -> bool:
@@ -250,4 +255,3 @@ class Link:
             self._drop(slot)
         if not is_quiet:
             log.warning("a transfer did not stop in time peer=%s", self._name)
-

@@ -61,7 +61,9 @@ def _checked(name: str, transport: object) -> Transport:
     if not isinstance(transport, Transport):
         raise ConfigError("transports", name, f"{type(transport).__name__} does not implement Transport")
     if transport.name != name:
-        raise ConfigError("transports", name, f"the transport calls itself {transport.name!r}; its author must fix that")
+        raise ConfigError(
+            "transports", name, f"the transport calls itself {transport.name!r}; its author must fix that"
+        )
     return transport
 
 

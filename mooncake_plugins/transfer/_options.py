@@ -65,7 +65,9 @@ class EngineOptions:
         if self.advertise is not None:
             parse_address(self.advertise, "advertise")
         elif listen.is_wildcard:
-            raise ConfigError("advertise", None, f"peers cannot connect to {listen.host!r}; give the address they can use")
+            raise ConfigError(
+                "advertise", None, f"peers cannot connect to {listen.host!r}; give the address they can use"
+            )
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ConfigError(name, getattr(self, name), "it must be greater than 0")

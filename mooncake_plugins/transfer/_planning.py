@@ -76,9 +76,7 @@ def _slices(runs: Runs, shifts: Offsets, slice_bytes: int) -> list[tuple[Runs, O
     return [(part, shifts[np.searchsorted(runs.first, part.first)]) for part in parts]
 
 
-def _work(
-    opcode: Opcode, part: Runs, shifts: Offsets, token: bytes, deadline: Deadline, integrity: Integrity
-) -> Work:
+def _work(opcode: Opcode, part: Runs, shifts: Offsets, token: bytes, deadline: Deadline, integrity: Integrity) -> Work:
     total = int(part.lengths.sum())
     return Work(opcode, part.local, part.local + shifts, part.remote, part.lengths, total, deadline, token, integrity)
 

@@ -1,8 +1,8 @@
 """Registered memory and its place in the segment's address space.
 
-A segment is a 63-bit address space. Every registered buffer gets a place in it that no other buffer of this engine ever gets again, with
-a gap after it: an offset that outlives its region is refused instead of meeting other memory, and ranges that are
-contiguous in the segment are always in one region.
+A segment is a 63-bit address space. Every registered buffer gets a place in it that no other buffer of this engine
+ever gets again, with a gap after it: an offset that outlives its region is refused instead of meeting other memory,
+and ranges that are contiguous in the segment are always in one region.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def as_bytes(buffer: Any) -> npt.NDArray[np.uint8]:
     try:
         if isinstance(buffer, np.ndarray):
             if not buffer.flags.c_contiguous:
-                raise LocalUsageError("the array is not C-contiguous; register a contiguous buffer and use offsets in it")
+                raise LocalUsageError(
+                    "the array is not C-contiguous; register a contiguous buffer and use offsets in it"
+                )
             memory = buffer.reshape(-1).view(np.uint8)
         else:
             memory = np.frombuffer(buffer, np.uint8)
@@ -191,9 +193,7 @@ class RegionTable:
         return Pin(self, entries, offsets + table.shifts[index])
 
     @staticmethod
-    def _check(
-        side: str, table: _Snapshot, index: Offsets, offsets: Offsets, lengths: Offsets, needed: Rights
-    ) -> None:
+    def _check(side: str, table: _Snapshot, index: Offsets, offsets: Offsets, lengths: Offsets, needed: Rights) -> None:
         if not table.entries:
             raise OutOfBoundsError(side, 0, int(offsets[0]), int(lengths[0]))
         # length <= end - offset cannot overflow: offset is at or after the region's start.

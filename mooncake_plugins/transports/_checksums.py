@@ -1,7 +1,7 @@
 """Checksums of a transfer: one xxh3_64 per piece, made chunk by chunk while the bytes are warm.
 
-A piece is a range of the work, cut every ``CHUNK_BYTES``. Its seed is made of its identity (whose segment, which offset, how
-long), so right bytes in the wrong place do not pass.
+A piece is a range of the work, cut every ``CHUNK_BYTES``. Its seed is made of its identity (whose segment, which
+offset, how long), so right bytes in the wrong place do not pass.
 """
 
 from __future__ import annotations

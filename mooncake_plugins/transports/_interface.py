@@ -1,21 +1,23 @@
 """What a transport implements, and what the engine gives it.
 
-A transport has two faces. Facing its own engine it is told to *listen* and answers with a `Listener` (the target side:
-peers come and touch memory of this segment). Facing peers it *connects* and answers with an `Endpoint` (the initiator side).
+A transport has two faces. Facing its own engine it is told to *listen* and answers with a `Listener` (the target
+side: peers come and touch memory of this segment). Facing peers it *connects* and answers with an `Endpoint` (the
+initiator side).
 
-The engine cuts batches into `Work`: a few thousand ranges at most, already checked against this side's registered memory,
-merged, and pinned. One mover thread owns an endpoint and calls ``execute`` for one work after the other. The contract that
-everything rests on:
+The engine cuts batches into `Work`: a few thousand ranges at most, already checked against this side's registered
+memory, merged, and pinned. One mover thread owns an endpoint and calls ``execute`` for one work after the other. The
+contract that everything rests on:
 
     **When ``execute`` returns or raises, no local byte of the work is read or written any more.**
 
 A transport that cannot stop at once must wait inside ``execute`` until it can promise that. ``interrupt``
 makes ``execute`` raise soon; it comes from other threads.
 
-On the target side no byte may be touched without an admission: `TransportHost.admit_read` and `admit_write` check bounds and rights
-of all ranges at once, and pin the memory. A transport whose receiver is software on the target writes chunk by chunk
-(at most ``CHUNK_BYTES``) between `WriteAdmission.begin_chunk` and ``end_chunk``: so a revoked grant is fenced as soon as
-the chunk in progress ends. A transport whose writers bypass the target (shared memory, RDMA) answers `Listener.fence` instead.
+On the target side no byte may be touched without an admission: `TransportHost.admit_read` and `admit_write` check
+bounds and rights of all ranges at once, and pin the memory. A transport whose receiver is software on the target
+writes chunk by chunk (at most ``CHUNK_BYTES``) between `WriteAdmission.begin_chunk` and ``end_chunk``: so a revoked
+grant is fenced as soon as the chunk in progress ends. A transport whose writers bypass the target (shared memory,
+RDMA) answers `Listener.fence` instead.
 
 Addresses are process addresses in int64 arrays, so nothing here creates a Python object per range.
 """
@@ -54,9 +56,9 @@ class Reach:
 class Work:
     """One piece of a batch, for one ``Endpoint.execute``.
 
-    ``addresses[i]`` is where local range i lies in this process, ``local[i]`` its offset in this segment, ``remote[i]`` its
-    offset in the peer's segment, ``lengths[i]`` > 0 its bytes; all ranges are inside registered memory of this side and stay
-    valid during the call.
+    ``addresses[i]`` is where local range i lies in this process, ``local[i]`` its offset in this segment,
+    ``remote[i]`` its offset in the peer's segment, ``lengths[i]`` > 0 its bytes; all ranges are inside registered
+    memory of this side and stay valid during the call.
     """
 
     opcode: Opcode
@@ -157,11 +159,12 @@ class Listener(ABC):
         """A buffer was registered: return what peers need to reach it (an rkey, an IPC handle); b"" for nothing."""
         return b""
 
-    def withdraw(self, address: int, length: int) -> None:
+    def withdraw(self, address: int, length: int) -> None:  # noqa: B027 - most transports have nothing to do
         """A buffer is being unregistered: after this returns, no peer can reach it through this transport."""
 
     def fence(self, token: bytes, deadline: Deadline) -> bool:
-        """A grant was revoked: return True once no byte of a write under it can land, False if that is not sure in time.
+        """A grant was revoked: return True once no byte of a write under it can land, False if that is not sure in
+        time.
 
         Transports that write under `WriteAdmission.begin_chunk` have nothing to add.
         """
@@ -189,12 +192,18 @@ class Endpoint(ABC):
 
     @abstractmethod
     def interrupt(self) -> None:
-        """Make an ``execute`` in progress raise soon; the endpoint is unusable afterwards. From any thread, does not block."""
+        """Make an ``execute`` in progress raise soon; the endpoint is unusable afterwards.
+
+        From any thread, does not block.
+        """
 
     @property
     @abstractmethod
     def is_usable(self) -> bool:
-        """Whether the next ``execute`` has a chance; False after an error that broke the connection, or when the peer left."""
+        """Whether the next ``execute`` has a chance.
+
+        False after an error that broke the connection, or when the peer left.
+        """
 
     @abstractmethod
     def close(self) -> None:

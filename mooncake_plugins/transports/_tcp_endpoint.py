@@ -29,8 +29,9 @@ _NOTHING = np.empty(0, np.int64)
 class TcpEndpoint(Endpoint):
     """Asks for reads and writes on one authenticated connection.
 
-    Any failure that leaves the connection out of step closes it with a reset before ``execute`` raises: the kernel then neither
-    sends what was not sent yet, nor lets the target take what it has not read. The thread that receives is the one that calls.
+    Any failure that leaves the connection out of step closes it with a reset before ``execute`` raises: the kernel
+    then neither sends what was not sent yet, nor lets the target take what it has not read. The thread that receives
+    is the one that calls.
     """
 
     def __init__(self, stream: Stream, version: int, incarnation: str) -> None:

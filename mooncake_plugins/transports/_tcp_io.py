@@ -1,7 +1,7 @@
 """Bulk data on one connection: straight between the socket and registered memory, with deadlines.
 
-The descriptor is in blocking mode, so the kernel moves as much as it can per call; short kernel timeouts bring control back
-often enough to notice the deadline. ``Stream.shutdown`` from another thread ends a blocked call at once.
+The descriptor is in blocking mode, so the kernel moves as much as it can per call; short kernel timeouts bring
+control back often enough to notice the deadline. ``Stream.shutdown`` from another thread ends a blocked call at once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import time
 from typing import Final
 
 from mooncake_plugins.errors import DeadlineExceededError, FrameError, PeerClosedError
-from mooncake_plugins.wire import Deadline, FrameKind, Stream
-from mooncake_plugins.wire._frames import HEADER, decode_header
+from mooncake_plugins.wire import HEADER_BYTES, Deadline, FrameKind, Stream, decode_header
 
 from ._checksums import Pieces
 from ._types import CHUNK_BYTES
@@ -60,7 +59,10 @@ class BulkSocket:
         self._set_tick(TICK_S if left > TICK_S else max(0.001, left))
 
     def send(self, vector: Vector, deadline: Deadline, pieces: Pieces | None = None, skip: int = 0) -> None:
-        """Send all of a vector. With ``pieces``, hash what comes next just before it is sent; ``skip`` is the prefix."""
+        """Send all of a vector.
+
+        With ``pieces``, hash what comes next just before it is sent; ``skip`` is the prefix.
+        """
         while vector.remaining:
             self._check(deadline)
             limit = CALL_BYTES
@@ -152,7 +154,7 @@ class BulkSocket:
 
     def recv_frame(self, limit_bytes: int, deadline: Deadline) -> tuple[FrameKind, bytes]:
         """Receive one frame."""
-        header = self.recv_bytes(HEADER.size, deadline)
+        header = self.recv_bytes(HEADER_BYTES, deadline)
         kind, length, _ = decode_header(header, limit_bytes, self.version)
         return kind, self.recv_bytes(length, deadline) if length else b""
 

@@ -100,9 +100,7 @@ class TcpService:
         answer = DONE.pack(request.number)
         self._bulk.send_bytes(encode_header(FrameKind.DONE, len(answer), self._bulk.version) + answer, deadline)
 
-    def _receive(
-        self, vector: Vector, admission: WriteAdmission, deadline: Deadline, pieces: Pieces | None
-    ) -> bool:
+    def _receive(self, vector: Vector, admission: WriteAdmission, deadline: Deadline, pieces: Pieces | None) -> bool:
         """Receive into final memory, asking for the grant before each chunk; False once it does not hold any more.
 
         Waiting for bytes happens outside the chunk, so a writer that stops never holds up a revocation.

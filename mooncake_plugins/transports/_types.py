@@ -43,7 +43,10 @@ class Capability(Enum):
 
 
 class RegionDescription(msgspec.Struct, frozen=True, array_like=True):
-    """A registered buffer as peers see it. ``handles``: what each transport needs to reach it (an rkey, an IPC handle)."""
+    """A registered buffer as peers see it.
+
+    ``handles``: what each transport needs to reach it (an rkey, an IPC handle).
+    """
 
     name: str
     offset: int

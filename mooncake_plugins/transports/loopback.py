@@ -96,9 +96,7 @@ class LoopbackEndpoint(Endpoint):
             if damaged:
                 raise IntegrityError(f"{len(damaged)} ranges changed while they were copied", damaged)
 
-    def _copy_range(
-        self, to: int, source: int, length: int, deadline: Deadline, gate: WriteAdmission | None
-    ) -> None:
+    def _copy_range(self, to: int, source: int, length: int, deadline: Deadline, gate: WriteAdmission | None) -> None:
         for start in range(0, length, CHUNK_BYTES):
             if self._is_interrupted:
                 raise PeerClosedError("the transfer was interrupted on this side")

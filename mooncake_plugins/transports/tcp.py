@@ -1,8 +1,8 @@
 """tcp: between any two hosts, over the engine's own port.
 
-Connections have the role "transfer". Bytes go straight between socket and registered memory on both sides, many ranges per
-system call. Fencing: a READ is received by the initiator's own thread, which has stopped when ``execute`` returns; a WRITE
-is received by the target's thread, which asks for the grant before every chunk.
+Connections have the role "transfer". Bytes go straight between socket and registered memory on both sides, many
+ranges per system call. Fencing: a READ is received by the initiator's own thread, which has stopped when ``execute``
+returns; a WRITE is received by the target's thread, which asks for the grant before every chunk.
 """
 
 from __future__ import annotations

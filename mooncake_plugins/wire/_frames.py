@@ -3,11 +3,11 @@
     0      2         3      4              8
     | "MK" | version | kind | u32 length   | payload ...
 
-The header never changes. Handshake frames may carry any version byte, because the version is what the handshake agrees on;
-from then on every frame carries the agreed one. A side that speaks version N also speaks N-1.
+The header never changes. Handshake frames may carry any version byte, because the version is what the handshake
+agrees on; from then on every frame carries the agreed one. A side that speaks version N also speaks N-1.
 
-The length limit is checked on the header, before memory for the payload is taken. Bulk data of a transfer follows its frame
-and is not counted by the frame's length.
+The length limit is checked on the header, before memory for the payload is taken. Bulk data of a transfer follows its
+frame and is not counted by the frame's length.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ OLDEST_VERSION = 0
 FRAME_LIMIT_BYTES = 4 << 20
 HANDSHAKE_LIMIT_BYTES = 4096
 HEADER = struct.Struct(">2sBBI")
+HEADER_BYTES = HEADER.size
 
 
 class FrameKind(IntEnum):
@@ -98,8 +99,8 @@ def decode_header(data: bytes | bytearray, limit_bytes: int, version: int | None
 class FrameDecoder:
     """Cuts a byte stream in frames.
 
-    Feed it what arrives, then call ``next_frame`` until it gives None. ``wanted`` says how many bytes are missing for the
-    current step, so that a shell can read exactly that much and leave what follows in the socket.
+    Feed it what arrives, then call ``next_frame`` until it gives None. ``wanted`` says how many bytes are missing for
+    the current step, so that a shell can read exactly that much and leave what follows in the socket.
     """
 
     def __init__(self, limit_bytes: int = FRAME_LIMIT_BYTES, version: int | None = None) -> None:

@@ -6,10 +6,10 @@
     PROOF  proof of the client         ->
                                        <-    WELCOME
 
-Each proof is HMAC-SHA256 under the cluster secret (empty when there is none) over its side's name and a hash of everything
-said before, so both nonces, both identities, the role and the version are bound, a proof cannot be replayed, and the proof of
-one side is not the proof of the other. Proofs are compared in constant time. The client does not prove itself to a server that has
-not; the server dispatches no role before the client has.
+Each proof is HMAC-SHA256 under the cluster secret (empty when there is none) over its side's name and a hash of
+everything said before, so both nonces, both identities, the role and the version are bound, a proof cannot be
+replayed, and the proof of one side is not the proof of the other. Proofs are compared in constant time. The client
+does not prove itself to a server that has not; the server dispatches no role before the client has.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ class Versions:
 
     newest: int = PROTOCOL_VERSION
     oldest: int = OLDEST_VERSION
+
+
+VERSIONS = Versions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +136,7 @@ def new_nonce() -> bytes:
 
 def encode_refusal(error: MooncakeError) -> bytes:
     """Return the ERROR frame that tells a peer why it is being disconnected."""
-    for code, kind in REFUSALS.items():
-        if type(error) is kind:
-            break
-    else:
-        code = "handshake"
+    code = next((code for code, kind in REFUSALS.items() if type(error) is kind), "handshake")
     return encode_frame(FrameKind.ERROR, msgspec.msgpack.encode(Refusal(code, str(error)[:1000])))
 
 
@@ -191,9 +190,7 @@ class _Handshake:
 class ClientHandshake(_Handshake):
     """The side that connects. Call ``start`` once, then ``receive`` for each frame until ``Step.agreed`` is set."""
 
-    def __init__(
-        self, identity: Identity, role: str, key: bytes, nonce: bytes, versions: Versions = Versions()
-    ) -> None:
+    def __init__(self, identity: Identity, role: str, key: bytes, nonce: bytes, versions: Versions = VERSIONS) -> None:
         super().__init__(identity, key, nonce, versions, State.START)
         self.role = role
         self._agreed: Agreed | None = None
@@ -227,16 +224,14 @@ class ClientHandshake(_Handshake):
             raise AuthenticationError("the peer does not know this side's cluster secret (or has none)")
         self._agreed = Agreed(self.role, challenge.version, peer)
         self.state = State.WAIT_WELCOME
-        return Step(
-            encode_frame(FrameKind.PROOF, proof(self.key, b"client", self.hello, challenge), challenge.version)
-        )
+        return Step(encode_frame(FrameKind.PROOF, proof(self.key, b"client", self.hello, challenge), challenge.version))
 
 
 class ServerHandshake(_Handshake):
     """The side that listens. Call ``receive`` for each frame until ``Step.agreed`` is set."""
 
     def __init__(
-        self, identity: Identity, roles: frozenset[str], key: bytes, nonce: bytes, versions: Versions = Versions()
+        self, identity: Identity, roles: frozenset[str], key: bytes, nonce: bytes, versions: Versions = VERSIONS
     ) -> None:
         super().__init__(identity, key, nonce, versions, State.WAIT_HELLO)
         self.roles = roles

@@ -1,8 +1,8 @@
 """The one port of an engine: accepts, shakes hands, and gives each connection to the thread of its role.
 
-Bounds: a fixed number of connections in all, and of connections that have not proved themselves yet; of those the oldest is
-dropped when a new one comes, so that silent strangers cannot keep members of the cluster out. Nothing a peer sends ends the
-accepting thread.
+Bounds: a fixed number of connections in all, and of connections that have not proved themselves yet; of those the
+oldest is dropped when a new one comes, so that silent strangers cannot keep members of the cluster out. Nothing a
+peer sends ends the accepting thread.
 """
 
 from __future__ import annotations

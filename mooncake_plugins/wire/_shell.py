@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
 from mooncake_plugins.errors import FrameError, HandshakeError, MooncakeError, PeerClosedError, TransferError
 
 from ._frames import HANDSHAKE_LIMIT_BYTES, Frame, FrameDecoder
-from ._handshake import Agreed, ClientHandshake, Identity, ServerHandshake, Versions, encode_refusal, new_nonce
+from ._handshake import (
+    VERSIONS,
+    Agreed,
+    ClientHandshake,
+    Identity,
+    ServerHandshake,
+    Versions,
+    encode_refusal,
+    new_nonce,
+)
 from ._stream import Deadline, Stream, parse_address
+
+DRAIN_BYTES = 1 << 20
+DRAIN_S = 0.5
 
 
 class KeyHolder(Protocol):
@@ -46,7 +59,7 @@ def dial(
     deadline: Deadline,
     *,
     incarnation: str | None = None,
-    versions: Versions = Versions(),
+    versions: Versions = VERSIONS,
 ) -> tuple[Stream, Agreed]:
     """Connect to a listener of ours and agree on a role.
 
@@ -67,7 +80,9 @@ def dial(
     """
     stream = Stream.connect(parse_address(address), deadline)
     try:
-        agreed = run_client(stream, ClientHandshake(identity, role, secret_key(secret), new_nonce(), versions), deadline)
+        agreed = run_client(
+            stream, ClientHandshake(identity, role, secret_key(secret), new_nonce(), versions), deadline
+        )
         if incarnation is not None and agreed.peer.incarnation != incarnation:
             raise PeerClosedError(f"{address} was restarted: open it again", was_restarted=True)
     except BaseException:
@@ -100,12 +115,11 @@ def run_server(stream: Stream, handshake: ServerHandshake, deadline: Deadline) -
                 return step.agreed
     except (HandshakeError, FrameError) as error:
         say_why(stream, error)
+        stream.drain(DRAIN_BYTES, Deadline(DRAIN_S))
         raise
 
 
 def say_why(stream: Stream, error: MooncakeError) -> None:
     """Send an ERROR frame if the peer takes it at once."""
-    try:
+    with contextlib.suppress(TransferError):  # a courtesy: the connection is being closed anyway
         stream.send_all(encode_refusal(error), Deadline(0.2))
-    except TransferError:
-        pass  # a courtesy; the connection is being closed anyway

@@ -1,11 +1,12 @@
 """One TCP connection with deadlines, and addresses.
 
-A Stream has one owner that closes it. ``shutdown`` may come from any thread: it makes every call in progress fail soon, and
-leaves the file descriptor alone, so that no number is re-used under a thread that still works on it.
+A Stream has one owner that closes it. ``shutdown`` may come from any thread: it makes every call in progress fail
+soon, and leaves the file descriptor alone, so that no number is re-used under a thread that still works on it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import select
 import socket
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
-from mooncake_plugins.errors import ConfigError, DeadlineExceededError, PeerClosedError
+from mooncake_plugins.errors import ConfigError, DeadlineExceededError, PeerClosedError, TransferError
 
 RESET: Final = struct.pack("ii", 1, 0)
 KEEPALIVE_OPTIONS: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
@@ -218,15 +219,23 @@ class Stream:
             return False
         return not poll.poll(0) and not self._was_shut_down
 
+    def drain(self, limit_bytes: int, deadline: Deadline) -> None:
+        """Send nothing more and throw away what still comes, so that the peer can read our last words.
+
+        Closing with unread bytes would reset the connection, and the peer might never see them.
+        """
+        with contextlib.suppress(OSError, TransferError):
+            self._sock.shutdown(socket.SHUT_WR)
+            while limit_bytes > 0 and (data := self.recv_some(65536, deadline)):
+                limit_bytes -= len(data)
+
     def shutdown(self) -> None:
         """Make every call on this stream fail soon. From any thread; does not block."""
         with self._lock:
             self._was_shut_down = True
             if not self._is_closed:
-                try:
+                with contextlib.suppress(OSError):  # the peer may have been faster
                     self._sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # the peer was faster
 
     def close(self, *, reset: bool = False) -> None:
         """Close the file descriptor; only by the owner, when nobody uses the stream any more. Idempotent.
@@ -239,8 +248,6 @@ class Stream:
                 return
             self._is_closed = self._was_shut_down = True
             if reset:
-                try:
+                with contextlib.suppress(OSError):
                     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-                except OSError:
-                    pass
             self._sock.close()
