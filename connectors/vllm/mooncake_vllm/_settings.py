@@ -24,14 +24,12 @@ class Settings:
         instance: This engine process's id; another one after a restart.
         role: What the engine does.
         secret: The cluster secret, if there is one.
-        transports: Names of transports to use, in order of preference; empty: by topology.
     """
 
     instance: str
     role: EngineRole
     secret: Secret | None
     options: HandoffOptions
-    transports: tuple[str, ...]
 
     @property
     def key(self) -> bytes:
@@ -59,12 +57,10 @@ def settings_of(config: VllmConfig) -> Settings:
     if transfer is None or transfer.kv_role is None:
         raise ConfigError("kv_role", None, "give --kv-role prefill, decode or both")
     extra: dict[str, Any] = dict(transfer.kv_connector_extra_config)
-    transports = extra.pop("transports", ())
     options = from_sources(HandoffOptions, "handoff", arguments=extra, environ=os.environ, file=None)
     return Settings(
         instance=f"{transfer.engine_id}-{config.instance_id}",
         role=_ROLES[transfer.kv_role],
         secret=load_secret(os.environ),
         options=options,
-        transports=(transports,) if isinstance(transports, str) else tuple(transports),
     )

@@ -76,7 +76,7 @@ class WorkerSide:
             listen=f"tcp://{self._settings.listen_host}:{port + parallel.rank if port else 0}",
             segment=f"{self._settings.instance}/{parallel.rank}",
             secret=self._settings.secret,
-            transports=self._settings.transports or None,
+            transports=self._settings.options.transports or None,
         )
 
     def _identity(self, kv_caches: dict[str, torch.Tensor]) -> SourceIdentity:
