@@ -1,4 +1,4 @@
-"""What KV bytes are: whose values they hold, where they lie, and how to know them again. Pure; no I/O but reading model files."""
+"""What KV bytes are: whose values they hold, where they lie, and how to know them again. Pure but for the weights."""
 
 from mooncake_plugins.kv._checksum import block_checksums, span_seeds
 from mooncake_plugins.kv._digest import prompt_digest, weights_digest

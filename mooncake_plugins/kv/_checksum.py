@@ -1,8 +1,8 @@
 """End-to-end checksums of KV blocks.
 
-A block's checksum is XXH3-64 over its bytes, seeded with the block's identity: transfer, layer and position in the sequence.
-The seed makes right bytes in the wrong place as visible as wrong bytes. This guards against faults, not against forgers:
-who may speak at all is settled by the handshake.
+A block's checksum is XXH3-64 over its bytes, seeded with the block's identity: transfer, layer and position in the
+sequence. The seed makes right bytes in the wrong place as visible as wrong bytes. This guards against faults, not
+against forgers: who may speak at all is settled by the handshake.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BLOCK_STEP = np.uint64(0xC2B2AE3D27D4EB4F)
 
 
 def span_seeds(transfer_id: str, layer0: int, layer1: int, block0: int, block1: int) -> UInt64Array:
-    """Return uint64[(layer1 - layer0) * (block1 - block0)], one seed a block, in the order of ``CacheLayout.offsets``."""
+    """Return uint64[(layer1 - layer0) * (block1 - block0)], a seed a block, in the order of ``CacheLayout.offsets``."""
     root = np.uint64(xxhash.xxh3_64_intdigest(transfer_id.encode()))
     layers = np.arange(layer0, layer1, dtype=np.uint64) * _LAYER_STEP
     blocks = np.arange(block0, block1, dtype=np.uint64) * _BLOCK_STEP
@@ -43,7 +43,7 @@ def block_checksums(
 
     Blocking: reads all ranges once (about 10 GB/s from RAM). xxhash releases the GIL for large ranges. Thread-safe.
     """
-    view = memoryview(memory)
+    view = memory.data
     digest = xxhash.xxh3_64_intdigest
     rows = zip(offsets.tolist(), (offsets + lengths).tolist(), seeds.tolist(), strict=True)
     return np.fromiter((digest(view[start:end], seed) for start, end, seed in rows), np.uint64, count=len(offsets))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-# Bytes read at each of this many places of a weight file. Fine-tunes of one architecture share names, shapes and sizes, so
-# headers alone cannot tell them apart; training moves nearly every weight, so a few samples can.
+# Bytes read at each of this many places of a weight file. Fine-tunes of one architecture share names, shapes and sizes,
+# so headers alone cannot tell them apart; training moves nearly every weight, so a few samples can.
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 _HEADER_LIMIT = 64 << 20
@@ -26,6 +26,8 @@ def prompt_digest(token_ids: Sequence[int], extras: Iterable[str] = ()) -> bytes
         16 bytes; equal for equal prompts only (BLAKE2b).
     """
     digest = hashlib.blake2b(digest_size=16)
+    # The number of tokens goes first, so that no token can pose as the beginning of the extras.
+    digest.update(len(token_ids).to_bytes(8, "little"))
     digest.update(np.asarray(token_ids, dtype="<u4").tobytes())
     for extra in extras:
         encoded = extra.encode()
@@ -35,9 +37,10 @@ def prompt_digest(token_ids: Sequence[int], extras: Iterable[str] = ()) -> bytes
 
 
 def weights_digest(model: Path | str, revision: str | None = None) -> str:
-    """Name the weights of a model by its configuration, the headers and sizes of its weight files, and samples of their bytes.
+    """Name a model's weights: its configuration, and the headers, sizes and samples of its weight files.
 
-    Reads a few hundred KiB however large the model is. A model that is not a local folder is named by its hub name and revision.
+    Reads a few hundred KiB a file however large it is. A model that is not a local folder is named by its hub name and
+    revision.
 
     Returns:
         32 hex digits.
@@ -62,8 +65,10 @@ def _sample(file: Path, digest: hashlib.blake2b) -> None:
     """Feed a weight file's header and evenly spaced samples of its data to the digest."""
     size = file.stat().st_size
     with file.open("rb") as stream:
-        header = min(int.from_bytes(stream.read(8), "little"), size, _HEADER_LIMIT) if file.suffix == ".safetensors" else 0
+        has_header = file.suffix == ".safetensors"
+        header = min(int.from_bytes(stream.read(8), "little"), size, _HEADER_LIMIT) if has_header else 0
         digest.update(stream.read(header))
-        for position in np.linspace(8 + header, max(8 + header, size - _SAMPLE_BYTES), _SAMPLES, dtype=np.int64).tolist():
+        first, last = 8 + header, max(8 + header, size - _SAMPLE_BYTES)
+        for position in np.linspace(first, last, _SAMPLES, dtype=np.int64).tolist():
             stream.seek(position)
             digest.update(stream.read(_SAMPLE_BYTES))

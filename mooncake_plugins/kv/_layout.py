@@ -102,5 +102,7 @@ class CacheLayout:
     def _check(self, layer0: int, layer1: int, block_ids: Int64Array) -> None:
         if not 0 <= layer0 < layer1 <= self.num_layers:
             raise ConfigError("layers", (layer0, layer1), f"this cache has layers 0 to {self.num_layers - 1}")
-        if len(block_ids) and not (0 <= int(block_ids.min()) and int(block_ids.max()) < self.num_blocks):
-            raise ConfigError("block_ids", int(block_ids.max()), f"this cache has blocks 0 to {self.num_blocks - 1}")
+        outside = (block_ids < 0) | (block_ids >= self.num_blocks)
+        if outside.any():
+            first = int(block_ids[outside][0])
+            raise ConfigError("block_ids", first, f"this cache has blocks 0 to {self.num_blocks - 1}")
