@@ -44,5 +44,9 @@ class HandoffOptions:
             raise ConfigError("readers", self.readers, "give 1 to 64 threads")
         if not isinstance(self.read_bytes, int) or self.read_bytes < 4096:
             raise ConfigError("read_bytes", self.read_bytes, "give 4 KiB or more")
+        if not isinstance(self.verify, bool):
+            raise ConfigError("verify", self.verify, "give true or false")
+        if not isinstance(self.listen_host, str):
+            raise ConfigError("listen_host", self.listen_host, "give an address of this host")
         if not isinstance(self.listen_port, int) or not 0 <= self.listen_port < 65536:
             raise ConfigError("listen_port", self.listen_port, "give a port number, or 0")

@@ -18,7 +18,8 @@ import msgspec
 from mooncake_plugins.errors import TicketError
 
 _PREFIX = "v1."
-_MAX_TEXT = 4096
+# Room for the addresses of a few hundred workers.
+_MAX_TEXT = 16384
 _CONTEXT = b"mooncake-plugins ticket\0"
 
 
@@ -39,9 +40,16 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
 
 
 def sign_ticket(ticket: Ticket, key: bytes) -> str:
-    """Return the ticket's text form (URL-safe, a few hundred characters)."""
+    """Return the ticket's text form (URL-safe, a few hundred characters).
+
+    Raises:
+        TicketError: ``malformed``: it has so many addresses that nobody would accept it.
+    """
     body = _PREFIX + _b64(msgspec.msgpack.encode(ticket))
-    return f"{body}.{_b64(_mac(body, key))}"
+    text = f"{body}.{_b64(_mac(body, key))}"
+    if len(text) > _MAX_TEXT:
+        raise TicketError("malformed", f"{len(ticket.addresses)} addresses make it longer than {_MAX_TEXT} characters")
+    return text
 
 
 def verify_ticket(text: object, key: bytes, now: float) -> Ticket:
