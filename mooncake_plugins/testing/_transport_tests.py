@@ -170,7 +170,7 @@ class TransportTests:
         assert batch.wait(20) is BatchStatus.DONE
         assert (batch.bytes_done, batch.error, batch.path) == (SIZE, None, self.transport)
         assert pair.here.metrics()["bytes_read"] == SIZE
-        assert pair.there.metrics()["bytes_served_read"] == SIZE
+        wait_until(lambda: pair.there.metrics()["bytes_served_read"] == SIZE, "the target to count what it served")
 
     def test_read_with_checksums(self, pair: Pair) -> None:
         self.need(pair, Capability.INTEGRITY)

@@ -162,7 +162,7 @@ def test_target_stopped_then_failed_write_is_not_read_from_source_again(
     wait_until(lambda: peer.ask("metrics")["connections_in"] == 0, "the target to drop the connection")
     assert peer.ask("count", offset=remote, value=NEW)["count"] == 0
     landed = peer.ask("count", offset=remote, value=OLD)["count"]
-    assert landed <= 2 * (256 << 10), "the reset keeps what lay in the socket from landing"
+    assert 0 < landed <= 256 << 10, "the reset keeps what lay in the socket from landing"
     assert peer.ask("revoke", token=token.hex(), timeout_s=5)["is_fenced"]
 
 

@@ -112,7 +112,7 @@ def test_nonsense_gets_a_reason_and_the_listener_lives(listen: MakeListener, dat
     with raw(listener) as sock:
         sock.sendall(data)
         assert isinstance(last_words(sock), FrameError)
-    assert listener.counters["refused_handshakes"] == 1
+    wait_until(lambda: listener.counters["refused_handshakes"] == 1, "the refusal to be counted")
     assert works(listener)
 
 
