@@ -51,6 +51,9 @@ class _Session:
     remote: CacheLayout | None = None
     jobs: dict[tuple[int, int], _ReadJob] = field(default_factory=dict)
     received_bytes: int = 0
+    # When prefill last announced something, and what had arrived by then: that much of the transfer was hidden behind it.
+    announced_at: float = 0.0
+    hidden_bytes: int = 0
 
 
 class _ReadJob:
@@ -233,8 +236,11 @@ class PullService:
 
     def _message(self, message: wire.ToDecode) -> None:
         session = None if isinstance(message, wire.Pong) else self._by_transfer.get(message.transfer)
-        if session is not None:
-            self._dispatch(session.request.request_id, machine.Message(message))
+        if session is None:
+            return
+        if isinstance(message, wire.Ready):
+            session.announced_at, session.hidden_bytes = time.monotonic(), session.received_bytes
+        self._dispatch(session.request.request_id, machine.Message(message))
 
     def _dispatch(self, request_id: str, event: machine.PullEvent) -> None:
         session = self._sessions.get(request_id)
@@ -290,11 +296,12 @@ class PullService:
         self._cache.zero(bad)
         del self._sessions[request.request_id]
         del self._by_transfer[request.transfer]
-        seconds = time.monotonic() - session.started
+        now = time.monotonic()
         self._count(session, action)
         result = PullResult(
-            request.request_id, action.outcome, bad, action.good_blocks, session.received_bytes, seconds
-        )
+            request.request_id, action.outcome, bad, action.good_blocks, session.received_bytes,
+            seconds=now - session.started, exposed_seconds=now - (session.announced_at or session.started),
+        )  # fmt: skip
         with self._lock:
             self._results.append(result)
             self._activity.set()
@@ -305,6 +312,7 @@ class PullService:
         self.counters["blocks_failed"] += len(action.bad)
         self.counters["checksum_mismatches"] += action.mismatches
         self.counters["bytes_received"] += session.received_bytes
+        self.counters["bytes_hidden"] += session.hidden_bytes
         if action.outcome not in (machine.OK, "cancelled"):
             log.warning(
                 "hand-off failed request=%s transfer=%s: %s; %d of %d blocks are recomputed",

@@ -6,7 +6,9 @@
 
 What the engine computes is announced to the one decode worker that attached, as rectangles (layers x blocks). ``ready[l]``
 counts the blocks of the sequence whose KV layer ``l`` has; ``announced[l]`` how many of them were announced. Whoever attaches
-late is caught up by the same rule, and so are blocks that came out of the engine's prefix cache: the difference is announced.
+late is caught up by the same rule: the difference is announced. Blocks out of the engine's prefix cache are ready with the
+first computed layer above them and not before: an engine counts a block as cached as soon as a request that will compute it
+is scheduled, so it may be another request of the very step that begins now which fills it.
 
 A span's checksums are sent (``Commit``) only while the blocks still belong to the request, after they were hashed, which was
 after D had read them. So a commit proves that D read the right bytes; data without a commit proves nothing.
@@ -44,12 +46,11 @@ class SourceState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """The engine runs the first chunk of an attempt; ``cached_blocks`` came from its prefix cache, complete in all layers."""
+    """The engine runs the first chunk of an attempt. None of the blocks is known to be computed, cached ones neither."""
 
     prompt: bytes
     tokens: int
     block_ids: tuple[int, ...]
-    cached_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,10 +225,12 @@ class PrefillSource:
         self._watchers: dict[int, tuple[bytes, int]] = {}
         self._puller: int | None = None
         self._puller_prompt: tuple[bytes, int] = (b"", 0)
-        self._had_consumer = False
+        self._had_puller = False
         self._consumer_done = False
         self._spans: dict[int, Span] = {}
+        self._hashing: set[int] = set()
         self._next_seq = 1
+        self._is_free = False
 
     def handle(self, event: SourceEvent, now: float) -> list[SourceAction]:
         """Advance the machine; returns what the shell must do, in order."""
@@ -264,7 +267,7 @@ class PrefillSource:
         self.state = SourceState.ACTIVE
         self._prompt = (event.prompt, event.tokens)
         self._block_ids = list(event.block_ids)
-        self._ready[:] = event.cached_blocks
+        self._ready[:] = 0
         actions: list[SourceAction] = []
         for link, prompt in list(self._watchers.items()):
             actions += self._answer_watcher(link, prompt)
@@ -276,7 +279,8 @@ class PrefillSource:
         if self.state is not SourceState.ACTIVE:
             return []
         layers = slice(event.layer0, event.layer1)
-        np.maximum(self._ready[layers], event.blocks, out=self._ready[layers])
+        blocks = min(event.blocks, len(self._block_ids))
+        np.maximum(self._ready[layers], blocks, out=self._ready[layers])
         return self._announce()
 
     def _preempted(self) -> list[SourceAction]:
@@ -284,12 +288,14 @@ class PrefillSource:
             return []
         self.attempt += 1
         self.state = SourceState.EXPECTED
-        self._block_ids, self._spans = [], {}
+        self._block_ids, self._spans, self._hashing = [], {}, set()
         self._ready[:] = 0
         self._announced[:] = self._first_block
         return [] if self._puller is None else [Tell(self._puller, wire.Restarted(self.transfer, self.attempt))]
 
     def _prefill_ended(self, ok: bool, now: float) -> list[SourceAction]:
+        if self.state is SourceState.HELD:
+            return []
         if not ok:
             return self._end("the prefill was aborted", free=False)
         self.state = SourceState.HELD
@@ -299,7 +305,6 @@ class PrefillSource:
     # --- the consumer --------------------------------------------------------------------------------------------
 
     def _watched(self, event: Watched) -> list[SourceAction]:
-        self._had_consumer = True
         self._watchers[event.link] = (event.prompt, event.tokens)
         if self.state is SourceState.EXPECTED:
             return []
@@ -308,14 +313,14 @@ class PrefillSource:
     def _answer_watcher(self, link: int, prompt: tuple[bytes, int]) -> list[SourceAction]:
         if prompt == self._prompt:
             return [Tell(link, wire.Scheduled(self.transfer))]
-        del self._watchers[link]
         return [Tell(link, self._other_prompt(prompt[1])), *self._consumer_gone(link)]
 
     def _attached(self, event: Attached) -> list[SourceAction]:
-        if self._puller is not None:
-            return [Tell(event.link, wire.Refused(self.transfer, "reused", "another worker has attached with this ticket"))]
+        if self._had_puller:
+            return [Tell(event.link, wire.Refused(self.transfer, "reused", "a worker has attached with this ticket before"))]
         self._puller, self._puller_prompt = event.link, (event.prompt, event.tokens)
-        self._had_consumer = True
+        # Whoever watched may have left before the worker came; the worker counts.
+        self._had_puller, self._consumer_done = True, False
         self._first_block = event.first_block
         self._announced[:] = event.first_block
         if self.state is not SourceState.EXPECTED and self._puller_prompt != self._prompt:
@@ -333,24 +338,24 @@ class PrefillSource:
         return wire.Refused(self.transfer, "prompt", f"decode has another prompt ({tokens} tokens) than prefill ({here} tokens)")
 
     def _fetched(self, event: Fetched) -> list[SourceAction]:
-        span = self._spans.get(event.seq)
-        if event.link != self._puller or event.attempt != self.attempt or span is None:
+        if event.link != self._puller or event.attempt != self.attempt or event.seq not in self._spans:
             return []
-        return [HashSpan(event.attempt, span)]
+        self._hashing.add(event.seq)
+        return [HashSpan(event.attempt, self._spans.pop(event.seq))]
 
     def _hashed(self, event: Hashed) -> list[SourceAction]:
-        span = self._spans.pop(event.seq, None)
-        if event.attempt != self.attempt or span is None or self._puller is None:
+        if event.attempt != self.attempt or event.seq not in self._hashing or self._puller is None:
             return []
+        self._hashing.discard(event.seq)
         checksums = event.checksums.astype("<u8").tobytes()
         return [Tell(self._puller, wire.Commit(self.transfer, event.attempt, event.seq, checksums))]
 
     def _consumer_gone(self, link: int) -> list[SourceAction]:
-        self._watchers.pop(link, None)
+        was_watching = self._watchers.pop(link, None) is not None
         if link == self._puller:
             self._puller = None
             self._consumer_done = True
-        elif self._puller is None and not self._watchers and self._had_consumer:
+        elif was_watching and self._puller is None and not self._watchers:
             self._consumer_done = True
         if self._consumer_done and self.state is SourceState.HELD:
             return self._end("done", free=True)
@@ -400,6 +405,7 @@ class PrefillSource:
         if reason != "done":
             actions += [Tell(link, wire.Withdrawn(self.transfer, reason)) for link in sorted(links)]
         if free:
+            self._is_free = True
             actions.append(FreeBlocks())
         return [*actions, Forget(reason)]
 
@@ -407,7 +413,8 @@ class PrefillSource:
         match event:
             case Watched() | Attached():
                 return [Tell(event.link, wire.Refused(self.transfer, "ended", "this transfer has ended"))]
-            case PrefillEnded(ok=True):
+            case PrefillEnded(ok=True) if not self._is_free:
+                self._is_free = True
                 return [FreeBlocks()]
             case _:
                 return []

@@ -196,7 +196,7 @@ class SourceService:
             return
         if work.transfer not in self._sources:
             self._new_source(work.transfer, time.monotonic() + work.expires_in_s)
-        self._dispatch(work.transfer, machine.Scheduled(work.prompt, work.tokens, work.block_ids, work.cached_blocks))
+        self._dispatch(work.transfer, machine.Scheduled(work.prompt, work.tokens, work.block_ids))
 
     def _hold(self, transfer: str, request_id: str) -> None:
         if transfer in self._sources:

@@ -83,6 +83,7 @@ class PullResult:
         good_blocks: Blocks that arrived complete and verified.
         received_bytes: Bytes that were read, good or bad.
         seconds: From start to end.
+        exposed_seconds: From prefill's last announcement to the end: what the transfer added to the prefill.
     """
 
     request_id: str
@@ -91,3 +92,4 @@ class PullResult:
     good_blocks: int
     received_bytes: int
     seconds: float
+    exposed_seconds: float

@@ -50,7 +50,7 @@ class WorkerSide:
         self._is_idle = False
         self._bad_blocks: set[int] = set()
         self._reported: Counter[str] = Counter()
-        self._seconds: list[float] = []
+        self._durations: list[tuple[float, float]] = []
 
     # --- start and end ---------------------------------------------------------------------------------------------
 
@@ -126,7 +126,7 @@ class WorkerSide:
         received = self._results(may_wait=self._is_idle and not sent)
         for result in received:
             self._bad_blocks.update(result.bad_block_ids)
-            self._seconds.append(result.seconds)
+            self._durations.append((result.seconds, result.exposed_seconds))
         return sent, {result.request_id for result in received}
 
     def _results(self, *, may_wait: bool) -> list[PullResult]:
@@ -153,10 +153,10 @@ class WorkerSide:
         self._reported = now
         return fresh
 
-    def take_seconds(self) -> list[float]:
-        """Return how long each pull took that ended since the last call."""
-        seconds, self._seconds = self._seconds, []
-        return seconds
+    def take_durations(self) -> list[tuple[float, float]]:
+        """Return ``(seconds, exposed_seconds)`` of each pull that ended since the last call; see ``PullResult``."""
+        durations, self._durations = self._durations, []
+        return durations
 
 
 def cache_places(kv_caches: dict[str, torch.Tensor]) -> tuple[list[np.ndarray], list[LayerPlace], int]:  # type: ignore[type-arg]

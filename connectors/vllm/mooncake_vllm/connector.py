@@ -135,7 +135,7 @@ class MooncakePluginsConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         if self._worker is not None:
-            return HandoffStats.of(self._worker.take_counts(), self._worker.take_seconds())
+            return HandoffStats.of(self._worker.take_counts(), self._worker.take_durations())
         counts, self._sched.counters = self._sched.counters, type(self._sched.counters)()
         return HandoffStats.of(counts, [])
 
