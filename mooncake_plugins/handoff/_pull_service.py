@@ -54,6 +54,7 @@ class _Session:
     # When prefill last announced something, and what had arrived by then: that much of the transfer was hidden behind it.
     announced_at: float = 0.0
     hidden_bytes: int = 0
+    transport: str = ""
 
 
 class _ReadJob:
@@ -313,6 +314,8 @@ class PullService:
         self.counters["checksum_mismatches"] += action.mismatches
         self.counters["bytes_received"] += session.received_bytes
         self.counters["bytes_hidden"] += session.hidden_bytes
+        if session.transport:
+            self.counters[f"pulls_by_{session.transport}"] += 1
         if action.outcome not in (machine.OK, "cancelled"):
             log.warning(
                 "hand-off failed request=%s transfer=%s: %s; %d of %d blocks are recomputed",
@@ -342,6 +345,7 @@ class PullService:
         peer = self._peers.get(session.link)
         if peer is None:
             raise MooncakeError("the link to prefill is gone")
+        session.transport = peer.path.transport
         first = session.request.first_block
         ours = session.request.block_ids[span.block0 - first : span.block1 - first]
         sums = [self._read_piece(job, peer, piece, ours) for piece in self._pieces(span)]
