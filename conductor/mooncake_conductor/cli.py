@@ -91,7 +91,7 @@ def conductor(**given: Any) -> None:
     Several URLs may follow one --prefill, --decode, --both or --coupled only if the option is repeated. Every deadline
     and limit can also be set as MOONCAKE_CONDUCTOR_<NAME> or in a TOML file.
     """
-    logging.basicConfig(level=given["log_level"].upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("mooncake_conductor").setLevel(given["log_level"].upper())
     try:
         run(_main(make_config(given)))
     except MooncakeError as error:
