@@ -4,11 +4,11 @@
         ▲                     │  │                                                        ▲
         └──────Preempted──────┘  └──PrefillEnded(not ok)──────────────────────────────────┘
 
-What the engine computes is announced to the one decode worker that attached, as rectangles (layers x blocks). ``ready[l]``
-counts the blocks of the sequence whose KV layer ``l`` has; ``announced[l]`` how many of them were announced. Whoever attaches
-late is caught up by the same rule: the difference is announced. Blocks out of the engine's prefix cache are ready with the
-first computed layer above them and not before: an engine counts a block as cached as soon as a request that will compute it
-is scheduled, so it may be another request of the very step that begins now which fills it.
+What the engine computes is announced to the one decode worker that attached, as rectangles (layers x blocks).
+``ready[l]`` counts the blocks of the sequence whose KV layer ``l`` has; ``announced[l]`` how many of them were announced.
+Whoever attaches late is caught up by the same rule: the difference is announced. Blocks out of the engine's prefix cache
+become ready layer by layer with what the first step computes, and not before: an engine counts a block as cached as soon
+as a request that will compute it is scheduled, so it may be filled by another request in the very step that begins now.
 
 A span's checksums are sent (``Commit``) only while the blocks still belong to the request, after they were hashed, which was
 after D had read them. So a commit proves that D read the right bytes; data without a commit proves nothing.

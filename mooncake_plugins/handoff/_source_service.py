@@ -194,6 +194,7 @@ class SourceService:
         if not work.is_first:
             self._dispatch(work.transfer, machine.Extended(work.block_ids))
             return
+        self.counters["blocks_cached"] += work.cached_blocks
         if work.transfer not in self._sources:
             self._new_source(work.transfer, time.monotonic() + work.expires_in_s)
         self._dispatch(work.transfer, machine.Scheduled(work.prompt, work.tokens, work.block_ids))

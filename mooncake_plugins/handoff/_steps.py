@@ -16,7 +16,7 @@ class PrefillWork:
         prompt: ``prompt_digest`` of the whole prompt; ``tokens`` its length.
         block_ids: Blocks the request got in this step (at the beginning of an attempt: all).
         is_first: True at the beginning of an attempt.
-        cached_blocks: With ``is_first``: leading blocks out of the prefix cache.
+        cached_blocks: With ``is_first``: leading blocks out of the prefix cache; counted only, see ``_source.py``.
         blocks_after: Blocks that are complete after the step (the last block counts once the prompt is).
     """
 
