@@ -41,7 +41,8 @@ def run(registry: PluginRegistry, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert isinstance(caught.value.code, int)
-        return (caught.value.code, *capsys.readouterr())
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out, captured.err
 
     return run
 

@@ -1,0 +1,1 @@
+"""tcp with a speed limit, as a plugin of mooncake-plugins."""
