@@ -20,7 +20,13 @@ of P with its own coordinate and pulls what is announced:
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+
+# Numbers that a peer sends are used in int64 arithmetic; others are nonsense and end the channel.
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+Offset = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 HANDOFF_ROLE = "handoff"
 HANDOFF_VERSION = 1
@@ -33,7 +39,7 @@ class Watch(msgspec.Struct, frozen=True, tag="watch", array_like=True):
     ticket: str
     consumer: str
     prompt: bytes
-    tokens: int
+    tokens: Count
     fingerprint: dict[str, str | int]
 
 
@@ -44,18 +50,18 @@ class Attach(msgspec.Struct, frozen=True, tag="attach", array_like=True):
     ticket: str
     consumer: str
     prompt: bytes
-    tokens: int
+    tokens: Count
     fingerprint: dict[str, str | int]
     coordinate: str
-    first_block: int
+    first_block: Count
 
 
 class Fetched(msgspec.Struct, frozen=True, tag="fetched", array_like=True):
     """D has read a span out of P's memory."""
 
     transfer: str
-    attempt: int
-    seq: int
+    attempt: Count
+    seq: Count
 
 
 class Release(msgspec.Struct, frozen=True, tag="release", array_like=True):
@@ -81,31 +87,31 @@ class Attached(msgspec.Struct, frozen=True, tag="attached", array_like=True):
     """Where P's blocks lie in its segment; one entry a layer. See ``CacheLayout``."""
 
     transfer: str
-    attempt: int
-    base: list[int]
-    stride: list[int]
-    block_bytes: list[int]
-    num_blocks: int
+    attempt: Count
+    base: list[Offset]
+    stride: list[Count]
+    block_bytes: list[Count]
+    num_blocks: Count
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     """Layers ``layer0..layer1`` of the sequence's blocks ``block0..block0+len(block_ids)`` are computed."""
 
     transfer: str
-    attempt: int
-    seq: int
-    layer0: int
-    layer1: int
-    block0: int
-    block_ids: list[int]
+    attempt: Count
+    seq: Count
+    layer0: Count
+    layer1: Count
+    block0: Count
+    block_ids: list[Count]
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit", array_like=True):
     """P's lease was still good after the span was read. ``checksums``: uint64[layers * blocks], little endian, layer by layer."""
 
     transfer: str
-    attempt: int
-    seq: int
+    attempt: Count
+    seq: Count
     checksums: bytes
 
 
@@ -113,7 +119,7 @@ class Restarted(msgspec.Struct, frozen=True, tag="restarted", array_like=True):
     """P lost its blocks; spans of attempts below this one are void."""
 
     transfer: str
-    attempt: int
+    attempt: Count
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused", array_like=True):

@@ -158,6 +158,7 @@ class PullSession:
         self.first_block, self.blocks = first_block, blocks
         self._deadline, self._verify = deadline, verify
         self._attempt = 0
+        self._announced = np.zeros((layers, blocks), np.bool_)
         self._good = np.zeros((layers, blocks), np.bool_)
         self._reading: dict[tuple[int, int], Span] = {}
         self._fetched: dict[tuple[int, int], tuple[Span, UInt64Array]] = {}
@@ -214,6 +215,11 @@ class PullSession:
         span = Span(message.seq, message.layer0, message.layer1, message.block0, tuple(message.block_ids))
         if not self._wanted(span):
             return self._fail(f"protocol: span {message.seq} lies outside what was asked for")
+        # Each block of each layer is read once an attempt: a second read could still write when the first made it good.
+        cells = self._announced[self._place(span)]
+        if cells.any():
+            return self._fail(f"protocol: span {message.seq} was announced before")
+        cells[:] = True
         return self._start(StartRead(message.attempt, span))
 
     def _start(self, read: StartRead) -> list[PullAction]:
@@ -223,6 +229,10 @@ class PullSession:
             return []
         self._reading[(read.attempt, read.span.seq)] = read.span
         return [read]
+
+    def _place(self, span: Span) -> tuple[slice, slice]:
+        """Where a span lies in the tables of layers x wanted blocks."""
+        return slice(span.layer0, span.layer1), slice(span.block0 - self.first_block, span.block1 - self.first_block)
 
     def _wanted(self, span: Span) -> bool:
         in_layers = 0 <= span.layer0 < span.layer1 <= len(self._good)
@@ -246,12 +256,11 @@ class PullSession:
         if entry is None or message.attempt != self._attempt:
             return []
         span, ours = entry
+        if len(message.checksums) != 8 * len(ours):
+            return self._fail(f"protocol: {len(message.checksums)} bytes of checksums for {len(ours)} blocks")
         theirs = np.frombuffer(message.checksums, "<u8")
-        if len(theirs) != len(ours):
-            return self._fail(f"protocol: {len(theirs)} checksums for {len(ours)} blocks")
         equal = (theirs == ours) if self._verify else np.ones(len(ours), np.bool_)
-        columns = slice(span.block0 - self.first_block, span.block1 - self.first_block)
-        self._good[span.layer0 : span.layer1, columns] |= equal.reshape(span.layer1 - span.layer0, -1)
+        self._good[self._place(span)] = equal.reshape(span.layer1 - span.layer0, -1)
         self._mismatches += int((~equal).sum())
         if self._mismatches:
             return self._fail("checksum")
@@ -265,7 +274,10 @@ class PullSession:
 
     def _restarted(self, message: wire.Restarted) -> list[PullAction]:
         """P begins again: everything is announced again, so nothing that was read stays good."""
+        if message.attempt <= self._attempt:
+            return []
         self._attempt = message.attempt
+        self._announced[:] = False
         self._good[:] = False
         self._fetched.clear()
         self._waiting.clear()

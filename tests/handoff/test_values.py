@@ -118,3 +118,13 @@ def test_messages_survive_the_wire_and_only_in_their_direction(message: wire.Han
     assert msgspec.msgpack.decode(encoded, type=one) == message
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(encoded, type=other)
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 62, 1 << 70, 1.5, "1", None])
+def test_numbers_that_no_peer_of_ours_sends_are_nonsense(number: Any) -> None:
+    for fields in (["ready", "t", 0, 1, 0, 1, 0, [number]], ["ready", "t", 0, 1, 0, 1, number, [1]]):
+        with pytest.raises((msgspec.DecodeError, OverflowError)):
+            msgspec.msgpack.decode(msgspec.msgpack.encode(fields), type=wire.ToDecode)
+    for layout in ([[number], [8], [8], 4], [[0], [number], [8], 4], [[0], [8], [number], 4], [[0], [8], [8], number]):
+        with pytest.raises((msgspec.DecodeError, OverflowError)):
+            msgspec.msgpack.decode(msgspec.msgpack.encode(["attached", "t", 0, *layout]), type=wire.ToDecode)
