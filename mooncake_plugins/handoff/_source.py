@@ -31,6 +31,10 @@ from mooncake_plugins.handoff import _messages as wire
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
 
+# Blocks (of one layer each) in a span. Spans are read, hashed and committed one after the other, so smaller ones overlap
+# better; and a commit of any number of blocks must fit in a frame.
+_SPAN_CELLS = 512
+
 
 class SourceState(Enum):
     """See the picture at the head of this module."""
@@ -365,7 +369,7 @@ class PrefillSource:
         """Announce every block that is ready and not announced; equal neighbouring layers go in one span."""
         if self._puller is None or self._consumer_done or self.state is SourceState.EXPECTED:
             return []
-        spans = [self._new_span(*rectangle) for rectangle in self._unannounced()]
+        spans = [self._new_span(*piece) for rectangle in self._unannounced() for piece in _pieces(*rectangle)]
         np.maximum(self._announced, self._ready, out=self._announced)
         return [self._ready_message(span, self._puller) for span in spans]
 
@@ -418,3 +422,12 @@ class PrefillSource:
                 return [FreeBlocks()]
             case _:
                 return []
+
+
+def _pieces(layer0: int, layer1: int, block0: int, block1: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a rectangle into spans of at most ``_SPAN_CELLS``, layer by layer."""
+    layers = max(1, _SPAN_CELLS // (block1 - block0))
+    blocks = min(_SPAN_CELLS, block1 - block0)
+    for layer in range(layer0, layer1, layers):
+        for block in range(block0, block1, blocks):
+            yield layer, min(layer + layers, layer1), block, min(block + blocks, block1)

@@ -24,8 +24,8 @@ Cell = tuple[int, int, int]
 class Driver:
     """Feeds a ``PrefillSource`` and keeps what it did."""
 
-    def __init__(self) -> None:
-        self.source = PrefillSource("t", LAYERS, expires_at=EXPIRES_AT, lease_s=LEASE_S)
+    def __init__(self, layers: int = LAYERS) -> None:
+        self.source = PrefillSource("t", layers, expires_at=EXPIRES_AT, lease_s=LEASE_S)
         self.now = 0.0
         self.actions: list[machine.SourceAction] = []
 
@@ -224,6 +224,17 @@ def test_sequence_numbers_never_come_again(d: Driver) -> None:
     d.compute(4)
     numbers = [ready.seq for ready in readies(d.actions)]
     assert len(set(numbers)) == len(numbers)
+
+
+@pytest.mark.parametrize(("layers", "blocks"), [(1, 1), (80, 100), (3, 511), (3, 512), (3, 513), (2, 2000), (600, 1)])
+def test_a_large_rectangle_is_announced_in_spans_of_bounded_size_layer_by_layer(layers: int, blocks: int) -> None:
+    d = Driver(layers)
+    d.schedule(range(blocks))
+    d.attach()
+    actions = d.compute(blocks, 0, layers)
+    assert cells(actions) == [(layer, place, place) for layer in range(layers) for place in range(blocks)]
+    sizes = [(ready.layer1 - ready.layer0) * len(ready.block_ids) for ready in readies(actions)]
+    assert max(sizes) <= 512 and len(sizes) <= layers * blocks // 256 + 1 + layers * (blocks > 512)
 
 
 def test_computed_layers_mean_nothing_without_a_running_attempt(d: Driver) -> None:
