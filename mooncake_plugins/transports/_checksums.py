@@ -40,28 +40,28 @@ class Pieces:
         self.owner = np.repeat(np.arange(len(lengths)), counts)
         firsts = np.cumsum(counts) - counts
         within = (np.arange(len(self.owner)) - firsts[self.owner]) * CHUNK_BYTES
-        self._lengths = np.minimum(lengths[self.owner] - within, CHUNK_BYTES)
-        self._addresses = addresses[self.owner] + within
-        self._ends = np.cumsum(self._lengths)
+        sizes = np.minimum(lengths[self.owner] - within, CHUNK_BYTES)
+        self._ends = np.cumsum(sizes)
         base = np.uint64(xxhash.xxh3_64_intdigest(incarnation.encode()))
         places = (offsets[self.owner] + within).astype(np.uint64)
-        self._seeds = base ^ (places * _OFFSET_FACTOR) ^ (self._lengths.astype(np.uint64) * _LENGTH_FACTOR)
-        self.digests = np.zeros(len(self.owner), np.uint64)
-        self._next = 0
+        seeds = base ^ (places * _OFFSET_FACTOR) ^ (sizes.astype(np.uint64) * _LENGTH_FACTOR)
+        # As lists, because the loop below takes them one by one.
+        self._todo = list(zip((addresses[self.owner] + within).tolist(), sizes.tolist(), seeds.tolist(), strict=True))
+        self._digests: list[int] = []
 
     def advance(self, done: int) -> None:
         """Hash every piece that ends within the first ``done`` bytes and is not hashed yet."""
         stop = int(np.searchsorted(self._ends, done, "right"))
-        for i in range(self._next, stop):
-            memory = (ctypes.c_char * int(self._lengths[i])).from_address(int(self._addresses[i]))
-            self.digests[i] = xxhash.xxh3_64_intdigest(memory, int(self._seeds[i]))
-        self._next = max(self._next, stop)
+        for address, size, seed in self._todo[len(self._digests) : stop]:
+            memory = (ctypes.c_char * size).from_address(address)
+            self._digests.append(xxhash.xxh3_64_intdigest(memory, seed))
 
     def mismatches(self, theirs: bytes) -> tuple[int, ...]:
         """Return the ranges of which a digest differs from the peer's (little-endian uint64 each)."""
         other = np.frombuffer(theirs, "<u8")
-        return tuple(int(i) for i in np.unique(self.owner[other != self.digests]))
+        mine = np.array(self._digests, np.uint64)
+        return tuple(int(i) for i in np.unique(self.owner[other != mine]))
 
     def to_bytes(self) -> bytes:
         """The digests as they go over the wire."""
-        return self.digests.astype("<u8").tobytes()
+        return np.array(self._digests, "<u8").tobytes()
