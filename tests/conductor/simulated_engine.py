@@ -61,7 +61,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, engine: SimulatedEngine) -> None:
         self.engine = engine
         self.gone = asyncio.Event()
-        self._queue: asyncio.Queue[Received] = asyncio.Queue()
+        self._queue: asyncio.Queue[Received | None] = asyncio.Queue()
         self._reset()
 
     def _reset(self) -> None:
@@ -72,12 +72,14 @@ class Connection(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         self._parser = httptools.HttpRequestParser(self)
         self.engine.connections.add(self)
-        self._task = asyncio.get_running_loop().create_task(self._serve())
+        task = asyncio.get_running_loop().create_task(self._serve())
+        self.engine.tasks.add(task)
+        task.add_done_callback(self.engine.tasks.discard)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.gone.set()
         self.engine.connections.discard(self)
-        self._task.cancel()
+        self._queue.put_nowait(None)
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
@@ -104,14 +106,14 @@ class Connection(asyncio.Protocol):
         self._reset()
 
     async def _serve(self) -> None:
-        while True:
-            received = await self._queue.get()
+        while (received := await self._queue.get()) is not None:
             await self.engine.answer(self, received)
 
     # --- answers
 
     def write(self, data: bytes) -> None:
-        self.transport.write(data)
+        if not self.gone.is_set() and not self.transport.is_closing():
+            self.transport.write(data)
 
     def plain(self, body: bytes = PLAIN, status: int = 200, extra: bytes = b"") -> None:
         self.write(
@@ -149,6 +151,7 @@ class SimulatedEngine:
     seen: list[Received] = field(default_factory=list)
     described: int = 0
     connections: set[Connection] = field(default_factory=set)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
     port: int = 0
 
     async def start(self) -> SimulatedEngine:
@@ -169,6 +172,9 @@ class SimulatedEngine:
             connection.transport.abort()
         while self.connections:
             await asyncio.sleep(0)
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
 
     async def answer(self, connection: Connection, received: Received) -> None:
         if received.path == "/health":

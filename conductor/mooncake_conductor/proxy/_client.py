@@ -98,7 +98,7 @@ class ClientConnection(asyncio.Protocol):
         try:
             self._feed(data)
         except self._error as error:
-            self._stop_parsing(self._refusal or _unreadable(error, self._site.tools))
+            self._stop_parsing(self._refusal or ApiError(400, f"This is not HTTP/1.1: {error}.", "invalid_http"))
         else:
             if self._received > self._limit:
                 self._stop_parsing(self._too_long())
@@ -146,12 +146,11 @@ class ClientConnection(asyncio.Protocol):
     def on_url(self, url: bytes) -> None:
         """Called by the parser, perhaps with a part."""
         self._url += url
+        self._count_head(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by the parser; also for trailers, which mean nothing here."""
-        self._head_bytes += len(name) + len(value)
-        if self._head_bytes > self._options.max_header_bytes:
-            self._refuse(self._too_long())
+        self._count_head(len(name) + len(value))
         name = name.lower()
         if name not in _LOOKED_AT or not self._is_in_head:
             return
@@ -183,6 +182,8 @@ class ClientConnection(asyncio.Protocol):
         request.path = self._url.partition(b"?")[0]
         request.content_type = self._kind
         self._is_in_head = False
+        if parser.should_upgrade():
+            self._refuse(ApiError(400, "No protocol upgrade is offered: send no Upgrade header, no CONNECT.", "upgrade"))
         if version not in ("1.1", "1.0"):
             self._refuse(ApiError(505, f"HTTP/{version} is not supported.", "http_version"))
         if self._hosts > 1 or (not self._hosts and not request.is_http10):
@@ -209,6 +210,11 @@ class ClientConnection(asyncio.Protocol):
         request.received_at = self._now()
         self._queue.append(request)
         self._new_request()
+
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > self._options.max_header_bytes:
+            self._refuse(self._too_long())
 
     def _refuse(self, error: ApiError) -> None:
         self._refusal = error
@@ -320,9 +326,3 @@ class ClientConnection(asyncio.Protocol):
         elif waited > (self._options.receive_s / 10 if self._is_in_head else self._options.receive_s):
             self._stop_parsing(ApiError(408, "The request did not arrive in time.", "request_timeout"))
             self._pump()
-
-
-def _unreadable(error: Exception, tools: HttpTools) -> ApiError:
-    if isinstance(error, tools.upgrade):
-        return ApiError(400, "No protocol upgrade is offered: send no Upgrade header and no CONNECT.", "upgrade")
-    return ApiError(400, f"This is not HTTP/1.1: {error}.", "invalid_http")

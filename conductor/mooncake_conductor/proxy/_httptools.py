@@ -28,6 +28,9 @@ class RequestParser(Parser, Protocol):
     def get_method(self) -> bytes:
         """For instance ``POST``."""
 
+    def should_upgrade(self) -> bool:
+        """Whether the client asks for another protocol; true from ``on_headers_complete`` on."""
+
 
 class ResponseParser(Parser, Protocol):
     """Parses answers; only the callbacks that the target has are called."""
@@ -51,12 +54,11 @@ class ResponseParserFactory(Protocol):
 
 
 class HttpTools(NamedTuple):
-    """The parsers and their exceptions."""
+    """The parsers and their exception."""
 
     request: RequestParserFactory
     response: ResponseParserFactory
     error: type[Exception]
-    upgrade: type[Exception]
 
 
 def load_httptools() -> HttpTools:
@@ -73,7 +75,6 @@ def load_httptools() -> HttpTools:
         httptools.HttpRequestParser,
         httptools.HttpResponseParser,
         httptools.HttpParserError,
-        httptools.HttpParserUpgrade,
     )
 
 

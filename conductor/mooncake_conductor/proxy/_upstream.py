@@ -412,7 +412,10 @@ class EnginePool:
             raise
         else:
             leg.dialing(None)
-            link.begin(leg)
+            if link.transport is None or link.transport.is_closing():
+                leg.owner.leg_failed(leg, Failure("it closed the connection at once", is_connection=True))
+            else:
+                link.begin(leg)
 
     def put(self, link: Upstream) -> None:
         """Keep a connection for the next leg."""
