@@ -63,6 +63,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=0, help="other weights for the same configuration")
     given = parser.parse_args()
+    if min(given.layers, given.hidden, given.heads, given.kv_heads, given.max_positions) < 1:
+        parser.error("sizes must be 1 or more")
     if given.hidden % given.heads or given.hidden // given.heads not in HEAD_SIZES:
         parser.error(f"--hidden / --heads is {given.hidden} / {given.heads}; the quotient must be one of {HEAD_SIZES}")
     if given.heads % given.kv_heads:
