@@ -29,7 +29,7 @@ FAILURES = ("pulls_failed", "blocks_failed", "checksum_mismatches")
 
 def random_tokens(count: int, seed: object) -> list[int]:
     draw = random.Random(str(seed))
-    return [draw.randrange(3, 290) for _ in range(count)]
+    return [draw.randrange(3, 270) for _ in range(count)]
 
 
 @dataclass

@@ -56,7 +56,7 @@ def fresh_counts(fleet: FaultyFleet, before: Counter[str], name: str, at_least: 
     return difference()
 
 
-# --- controls: the counters and the checks are real --------------------------------------------------------------------
+# --- controls: the counters and the checks are real -----------------------------------------------------------------
 
 
 def test_both_roles_hand_over(faulty: FaultyFleet, expect: Any) -> None:
@@ -89,7 +89,7 @@ def test_after_a_failed_load_later_requests_are_healthy(faulty: FaultyFleet, exp
         assert complete(faulty.url("decode"), prompt).token_ids == expect(prompt)
 
 
-# --- clients that leave --------------------------------------------------------------------------------------------------
+# --- clients that leave ------------------------------------------------------------------------------------------------
 
 
 def _request(prompt: list[int], **more: Any) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def test_client_gone_while_tokens_come(faulty: FaultyFleet) -> None:
     faulty.wait_until_idle("prefill", "decode", timeout_s=20.0)
 
 
-# --- parts that stop or die ----------------------------------------------------------------------------------------------
+# --- parts that stop or die --------------------------------------------------------------------------------------------
 
 
 def test_prefill_stopped_mid_transfer_changes_no_byte_when_it_resumes(faulty: FaultyFleet, expect: Any) -> None:
@@ -181,9 +181,29 @@ def test_decode_killed_mid_transfer_is_refused_and_prefill_is_free_before_its_le
     assert answer.status in (502, 503) and "error" in answer.body
     faulty.wait_until_idle("prefill", timeout_s=10.0)
     faulty.faults.open_gate()
-    faulty.start_engines("decode")
+
+
+def test_without_checks_wrong_bytes_change_the_tokens(faulty: FaultyFleet, expect: Any) -> None:
+    """The control of all other tests: the pulled bytes are what decode computes with, and only the checks guard them.
+
+    Runs on the decode engine that replaces the killed one, which the Conductor takes back by itself.
+    """
+    faulty.start_engines("decode", decode_options={"MOONCAKE_HANDOFF_VERIFY": "false"})
     faulty.wait_for_engines("decode")
     eventually(lambda: complete(faulty.endpoint, [5, 6, 7]).status == 200, what="decode is taken back")
+    eventually(lambda: _pulls(faulty) > 0 or complete(faulty.endpoint, random_tokens(40, time.monotonic())).status != 200)
+    prompt = random_tokens(500, "zeros")
+    before = handoff_counts(faulty.url("decode"))
+    faulty.faults.set("zero")
+    answer = complete(faulty.endpoint, prompt)
+    faulty.faults.set("pass")
+    counts = fresh_counts(faulty, before, "pulls_ok")
+    assert counts["checksum_mismatches"] == counts["pulls_failed"] == 0
+    assert answer.token_ids != expect(prompt)
+
+
+def _pulls(faulty: FaultyFleet) -> int:
+    return handoff_counts(faulty.url("decode"))["pulls_ok"]
 
 
 def test_prefill_killed_mid_transfer_is_answered_rightly(faulty: FaultyFleet, expect: Any) -> None:
