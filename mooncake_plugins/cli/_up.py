@@ -74,10 +74,9 @@ def up(
         )
     registry = default_registry()
     check_engine(registry, engine)
-    check_model(model)
+    model = check_model(model)
     engine_profile, conductor_profile = load_profile(registry, engine), load_profile(registry, CONDUCTOR)
-    if port:
-        check_port_is_free(host, port)
+    check_port_is_free(host, port)
     gpus = visible_gpus(os.environ)
     with run_directory(run_dir) as folder:
         deployment = plan(

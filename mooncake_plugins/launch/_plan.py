@@ -85,7 +85,7 @@ def plan(
     """
     roles = [("prefill", index) for index in range(prefill)] + [("decode", index) for index in range(decode)]
     shares = split_gpus(gpus, len(roles))
-    ports = free_ports(ENGINE_HOST, len(roles) + 1)
+    ports = free_ports(ENGINE_HOST, len(roles) + 1, avoid=port)
     base = PartSpec("", "", model, ENGINE_HOST, 0, Path(), run_directory.path, secret_file)
     engines = tuple(
         replace(
@@ -106,8 +106,11 @@ def plan(
     return Deployment(engines, conductor)
 
 
-def check_model(model: str) -> None:
+def check_model(model: str) -> str:
     """Refuse a model that cannot be there: a path that does not exist, or a folder without a model. Hub names pass.
+
+    Returns:
+        The model as engines take it: ``~`` is expanded.
 
     Raises:
         ConfigError: As said.
@@ -119,3 +122,4 @@ def check_model(model: str) -> None:
     elif not path.is_file() and (model.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(model)):
         remedy = "there is no such folder; give the path of a model, or a name on a model hub, as organisation/name"
         raise ConfigError("MODEL", model, remedy)
+    return str(path) if model.startswith("~") else model

@@ -9,11 +9,15 @@ import socket
 from mooncake_plugins.errors import ConfigError
 
 
-def free_ports(host: str, count: int) -> list[int]:
-    """Different TCP ports that are free on ``host`` now. Another program can still take one before it is used."""
+def free_ports(host: str, count: int, *, avoid: int = 0) -> list[int]:
+    """Different TCP ports, none of them ``avoid``, that are free on ``host`` now.
+
+    Another program can still take one before it is used.
+    """
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(_bound(host, 0)) for _ in range(count)]
-        return [int(sock.getsockname()[1]) for sock in sockets]
+        sockets = [stack.enter_context(_bound(host, 0)) for _ in range(count + 1)]
+        ports = [int(sock.getsockname()[1]) for sock in sockets]
+        return [port for port in ports if port != avoid][:count]
 
 
 def check_port_is_free(host: str, port: int, *, option: str = "--port") -> None:

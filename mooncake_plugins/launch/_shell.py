@@ -133,7 +133,9 @@ class _Shell:
 
     @contextlib.contextmanager
     def _signals_as_events(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup asks to survive the end of the terminal
+            numbers.append(signal.SIGHUP)
         for number in numbers:
             loop.add_signal_handler(number, self._events.put_nowait, Interrupt(number.name))
         try:

@@ -41,6 +41,8 @@ class Up:
     def __init__(self, run_dir: Path, environment: dict[str, str], *arguments: str) -> None:
         self.run_dir = run_dir
         command = [sys.executable, "-m", "mooncake_plugins.cli", "up", "--run-dir", str(run_dir), *arguments]
+        if environment.get("TEST_NOHUP"):
+            command = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *command]
         self.process = subprocess.Popen(
             command,
             env=environment,

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from mooncake_plugins.config import Secret
 from mooncake_plugins.errors import ConfigError, LaunchError
-from mooncake_plugins.launch import Deployment, RunDirectory, check_model, free_ports, plan, split_gpus, visible_gpus
+from mooncake_plugins.launch import (
+    Deployment,
+    RunDirectory,
+    _ports,
+    check_model,
+    free_ports,
+    plan,
+    split_gpus,
+    visible_gpus,
+)
 from mooncake_plugins.launch._gpus import parse_visible_devices
 from mooncake_plugins.launch._ports import check_port_is_free
 from mooncake_plugins.launch._shell import last_lines
@@ -101,6 +110,26 @@ def test_free_ports_are_different_and_free() -> None:
         check_port_is_free("127.0.0.1", port)
 
 
+def test_the_endpoint_port_is_not_given_to_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = iter([7001, 7002, 7003])
+
+    class Bound:
+        def __init__(self, host: str, port: int) -> None:
+            self.port = next(given)
+
+        def __enter__(self) -> Bound:
+            return self
+
+        def __exit__(self, *exc: object) -> None:
+            pass
+
+        def getsockname(self) -> tuple[str, int]:
+            return "127.0.0.1", self.port
+
+    monkeypatch.setattr(_ports, "_bound", Bound)
+    assert free_ports("127.0.0.1", 2, avoid=7002) == [7001, 7003]
+
+
 def test_a_taken_port_is_refused() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -140,7 +169,14 @@ def test_default_run_directory() -> None:
 def test_models_that_pass(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     for model in (str(tmp_path), str(tmp_path / "config.json"), "meta-llama/Llama-3.1-8B", "gpt2"):
-        check_model(model)
+        assert check_model(model) == model
+
+
+def test_a_model_at_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    assert check_model("~/model") == str(tmp_path / "model")
 
 
 def test_last_lines(tmp_path: Path) -> None:

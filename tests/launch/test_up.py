@@ -53,6 +53,16 @@ def test_other_ways_to_stop_it(up: Any, number: signal.Signals) -> None:
     assert run.end() == 0
 
 
+def test_nohup_is_respected(up: Any) -> None:
+    run = up(TEST_NOHUP="1")
+    run.expect("ready: http")
+    run.send(signal.SIGHUP)
+    run.send(signal.SIGTERM)
+    assert run.end() == 0
+    assert "SIGTERM: stopping everything" in run.text
+    assert "SIGHUP" not in run.text
+
+
 def test_the_conductor_is_started_when_the_engines_are_ready(up: Any) -> None:
     run = up("--ready-timeout", "1", "--", "--in", "decode-0:unready")
     assert run.end() == 1
@@ -229,7 +239,7 @@ def test_refuses_a_taken_port(refused: Refusal) -> None:
 
 def test_refuses_a_foreign_address(refused: Refusal) -> None:
     assert "check --host" in refused("m", "--engine", "toy", "--host", "203.0.113.1")
-    assert "check --host" in refused("m", "--engine", "toy", "--host", "no such host")
+    assert "check --host" in refused("m", "--engine", "toy", "--host", "no such host", "--port", "0")
 
 
 def test_refuses_a_used_run_directory(refused: Refusal) -> None:

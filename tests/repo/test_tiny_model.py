@@ -15,6 +15,7 @@ SMALL = ("--layers", "2", "--hidden", "64", "--heads", "2", "--kv-heads", "1")
 Make = Callable[..., None]
 
 pytestmark = pytest.mark.vllm
+pytest.importorskip("torch", reason="needs the environment with an engine: make venv-vllm")
 
 
 @pytest.fixture
