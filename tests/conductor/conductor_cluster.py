@@ -12,12 +12,11 @@ from contextlib import AsyncExitStack
 from typing import Any, ParamSpec, Self
 
 import httptools
-from simulated_engine import MODEL, SimulatedEngine
-
 from mooncake_conductor.core import LeastLoaded, Role, SchedulingPolicy
 from mooncake_conductor.dialects import VllmDialect
 from mooncake_conductor.proxy import ProxyOptions
 from mooncake_conductor.worker import Addresses, ConductorConfig, run, serve
+from simulated_engine import MODEL, SimulatedEngine
 
 P = ParamSpec("P")
 KEY = b"k" * 32
@@ -131,7 +130,7 @@ class Client:
             answer.raw += data
             parser.feed_data(data)
         answer.status = parser.get_status_code()
-        if "content-length" not in answer.headers and "transfer-encoding" not in answer.headers:
+        if answer.status and "content-length" not in answer.headers and "transfer-encoding" not in answer.headers:
             answer.is_complete = True
         return answer
 

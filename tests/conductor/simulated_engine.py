@@ -117,7 +117,8 @@ class Connection(asyncio.Protocol):
 
     def plain(self, body: bytes = PLAIN, status: int = 200, extra: bytes = b"") -> None:
         self.write(
-            b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b\r\n" % (status, len(body), extra)
+            b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b\r\n"
+            % (status, len(body), extra)
             + body
         )
 
@@ -145,6 +146,7 @@ class SimulatedEngine:
     instance: str = "i-1"
     models: tuple[str, ...] = (MODEL,)
     fingerprint: dict[str, str | int] = field(default_factory=lambda: dict(FINGERPRINT))
+    version: int = 1
     has_connector: bool = True
     behave: Behaviour = normal
     is_healthy: bool = True
@@ -193,7 +195,7 @@ class SimulatedEngine:
         if not self.has_connector:
             return json.dumps({"id": "cmpl-0", "choices": [], "kv_transfer_params": None}).encode()
         described = {
-            "version": 1,
+            "version": self.version,
             "instance": self.instance,
             "role": self.role,
             "addresses": self.addresses,

@@ -302,7 +302,9 @@ async def test_bytes_after_an_answer_are_not_passed_on() -> None:
     (d,) = engines(1, "d")
 
     async def too_much(connection: Connection, received: Received) -> None:
-        connection.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nextra")
+        connection.write(
+            b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nextra"
+        )
 
     d.behave = too_much
     async with Cluster(coupled=[d]) as cluster:
@@ -314,7 +316,9 @@ async def test_an_answer_without_a_length_ends_with_its_connection() -> None:
     (d,) = engines(1, "d")
 
     async def until_close(connection: Connection, received: Received) -> None:
-        connection.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\nkeep-alive: x\r\ncontent-type: text/plain\r\n\r\nhello")
+        connection.write(
+            b"HTTP/1.1 200 OK\r\nconnection: close\r\nkeep-alive: x\r\ncontent-type: text/plain\r\n\r\nhello"
+        )
         await asyncio.sleep(0.01)
         connection.transport.close()
 

@@ -8,9 +8,9 @@ import time
 
 import pytest
 from conductor_cluster import KEY, Cluster, completion, scenario, until
+from mooncake_conductor.core import RoundRobin
 from simulated_engine import EVENTS, PLAIN, STREAM_HEAD, Connection, Received, SimulatedEngine, chunk
 
-from mooncake_conductor.core import RoundRobin
 from mooncake_plugins.handoff import verify_ticket
 
 

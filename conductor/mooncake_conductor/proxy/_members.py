@@ -48,9 +48,9 @@ _LIST_MODELS_S = 30.0
 class Member:
     """One engine and everything that is known of it."""
 
-    def __init__(self, engine: Engine, pool: EnginePool) -> None:
+    def __init__(self, engine: Engine, pool: EnginePool, health: HealthOptions) -> None:
         self.engine, self.pool = engine, pool
-        self.machine = HealthMachine(HealthOptions())
+        self.machine = HealthMachine(health)
         self.models: dict[str, msgspec.Raw] = {}
         self.listed_at = float("-inf")
         self.description: EngineDescription | None = None
@@ -67,7 +67,8 @@ class Membership:
     ) -> None:
         self._view, self._dialect, self._options = view, dialect, options
         self._now = asyncio.get_running_loop().time
-        self.members = {engine: Member(engine, pool) for engine, pool in pools.items()}
+        health = HealthOptions(redescribe_s=options.redescribe_s)
+        self.members = {engine: Member(engine, pool, health) for engine, pool in pools.items()}
         for member in self.members.values():
             member.pool.on_idle_lost = partial(self._idle_lost, member)
 

@@ -31,6 +31,7 @@ class ProxyOptions:
         startup_s: Time in which all engines must answer at start.
         health_interval_s: Between two health probes of an engine.
         health_timeout_s: For one health probe.
+        redescribe_s: An engine whose idle connections end early, or that was refused, describes itself again this often.
         describe_timeout_s: For one describe probe, which waits in the engine's queue like a request.
         grace_s: At stop, for requests in flight.
     """
@@ -52,6 +53,7 @@ class ProxyOptions:
     startup_s: float = 600.0
     health_interval_s: float = 2.0
     health_timeout_s: float = 5.0
+    redescribe_s: float = 10.0
     describe_timeout_s: float = 60.0
     grace_s: float = 30.0
 
