@@ -207,12 +207,19 @@ class SchedulerSide:
     def _compute_here(self, entry: DecodeRequest, reason: str, detail: str = "") -> None:
         if entry.phase is DecodePhase.LOCAL:
             return
-        if entry.phase is DecodePhase.ASKING and self._watch is not None:
-            self._watch.end(entry.ticket.id, release=reason)
+        self._release(entry, reason)
         entry.phase = DecodePhase.LOCAL
         self.counters[f"computed_here_{reason}"] += 1
         if reason not in ("short", "prompt_logprobs"):
             log.warning("hand-off given up transfer=%s reason=%s: %s; computing here", entry.ticket.id, reason, detail)
+
+    def _release(self, entry: DecodeRequest, reason: str) -> None:
+        """Tell prefill that nobody will pull, so that it need not hold its blocks until its lease ends."""
+        if entry.owner or self._watch is None or entry.phase not in (DecodePhase.NEW, DecodePhase.ASKING):
+            return
+        if entry.phase is DecodePhase.NEW:
+            self._watch.watch(entry.ticket, entry.text, entry.prompt, entry.tokens)
+        self._watch.end(entry.ticket.id, release=reason)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Blocks were allocated for what was promised: tell the workers to pull."""
@@ -247,6 +254,7 @@ class SchedulerSide:
             if prefill is not None and prefill.is_started:
                 prefill.is_started = prefill.is_complete = False
                 step.preempted.append(prefill.ticket.id)
+                self.counters["prefills_preempted"] += 1
         if self._prefills:
             self._collect_work(output, step)
         return StepMetadata(step, is_idle=output.total_num_scheduled_tokens == 0)
@@ -316,9 +324,8 @@ class SchedulerSide:
     def _decode_finished(self, request_id: str, entry: DecodeRequest) -> None:
         if self._claims.get(entry.ticket.id) == request_id:
             del self._claims[entry.ticket.id]
-        if entry.phase is DecodePhase.ASKING and self._watch is not None:
-            self._watch.end(entry.ticket.id, release="aborted")
-        elif entry.phase is DecodePhase.LOADING:
+        self._release(entry, "aborted")
+        if entry.phase is DecodePhase.LOADING:
             self._step.cancelled.append(request_id)
 
 
