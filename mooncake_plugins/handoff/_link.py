@@ -83,6 +83,9 @@ class Link:
             reason = str(error)
         except OSError as error:
             reason = f"cannot connect to {self.address}: {error}"
+        except Exception as error:
+            log.exception("a hand-off link broke address=%s", self.address)
+            reason = f"internal error: {error!r}"
         finally:
             if self._channel is not None:
                 self._channel.close()

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from mooncake_plugins.errors import DeadlineExceededError, FrameError, MooncakeError, PeerClosedError, TicketError
 from mooncake_plugins.handoff import _messages as wire
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 _TICK_S = 0.1
 _SEND_TIMEOUT_S = 1.0
 _NEVER = 1 << 62
+# How many ended transfers are remembered, so that who comes too late is told so instead of waiting.
+_ENDED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ class SourceService:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._hash_jobs: queue.SimpleQueue[tuple[str, machine.HashSpan] | None] = queue.SimpleQueue()
         self._sources: dict[str, machine.PrefillSource] = {}
+        self._ended: dict[str, str] = {}
         self._request_ids: dict[str, str] = {}
         self._links: dict[int, Channel] = {}
         self._link_ids = itertools.count(1)
@@ -74,7 +78,7 @@ class SourceService:
         self._void_below: dict[str, int] = {}
         self._finished: set[str] = set()
         self._step_work: tuple[PrefillWork, ...] = ()
-        self.counters: Counter[str] = Counter()
+        self._counters: Counter[str] = Counter()
         self._is_closing = False
         self._threads = [
             threading.Thread(target=self._main, name="mooncake-source", daemon=True),
@@ -96,18 +100,18 @@ class SourceService:
                 self._void_below.setdefault(work.transfer, 0)
         self._step_work = tuple(step.work)
         if step.preempted or step.aborted or step.work or step.held:
-            self._inbox.put(lambda: self._engine_step(step))
+            self._inbox.put(partial(self._engine_step, step))
 
     def layer_computed(self, layer: int) -> None:
         """Say that this step's tokens have their KV in ``layer``. Never blocks."""
         if work := self._step_work:
-            self._inbox.put(lambda: self._computed(work, layer, layer + 1))
+            self._inbox.put(partial(self._computed, work, layer, layer + 1))
 
     def end_step(self) -> None:
         """Say that the forward is done: all layers have this step's KV, also those without a hook. Never blocks."""
         if work := self._step_work:
             self._step_work = ()
-            self._inbox.put(lambda: self._computed(work, 0, self._cache.layout.num_layers))
+            self._inbox.put(partial(self._computed, work, 0, self._cache.layout.num_layers))
 
     def take_finished(self) -> set[str]:
         """Return the ids of held requests whose blocks may be freed, each once."""
@@ -119,6 +123,11 @@ class SourceService:
     def live_transfers(self) -> int:
         """Transfers that have not ended."""
         return len(self._sources)
+
+    @property
+    def counters(self) -> Counter[str]:
+        """What was counted since the start: a copy."""
+        return Counter(self._counters)
 
     def close(self) -> None:
         """End the channels and threads; what is held is not waited for. Idempotent."""
@@ -141,11 +150,11 @@ class SourceService:
         try:
             while not self._is_closing:
                 message = channel.recv(timeout_s=self._options.peer_timeout_s)
-                self._inbox.put(lambda message=message: self._message(link, message))
+                self._inbox.put(partial(self._message, link, message))
         except (PeerClosedError, DeadlineExceededError, FrameError) as error:
             log.debug("hand-off channel ended link=%s peer=%s: %s", link, channel.peer.address, error)
         finally:
-            self._inbox.put(lambda: self._link_lost(link))
+            self._inbox.put(partial(self._link_lost, link))
 
     def _send(self, link: int, message: wire.ToDecode) -> None:
         channel = self._links.get(link)
@@ -183,7 +192,7 @@ class SourceService:
         for transfer in step.preempted:
             self._dispatch(transfer, machine.Preempted())
         for transfer in step.aborted:
-            self._dispatch(transfer, machine.PrefillEnded(ok=False))
+            self._aborted(transfer)
         for work in step.work:
             self._take_work(work)
         for transfer, request_id in step.held:
@@ -194,10 +203,16 @@ class SourceService:
         if not work.is_first:
             self._dispatch(work.transfer, machine.Extended(work.block_ids))
             return
-        self.counters["blocks_cached"] += work.cached_blocks
+        self._counters["blocks_cached"] += work.cached_blocks
         if work.transfer not in self._sources:
             self._new_source(work.transfer, time.monotonic() + work.expires_in_s)
         self._dispatch(work.transfer, machine.Scheduled(work.prompt, work.tokens, work.block_ids))
+
+    def _aborted(self, transfer: str) -> None:
+        if transfer in self._sources:
+            self._dispatch(transfer, machine.PrefillEnded(ok=False))
+        else:
+            self._remember_end(transfer, "the prefill was aborted")
 
     def _hold(self, transfer: str, request_id: str) -> None:
         if transfer in self._sources:
@@ -228,7 +243,7 @@ class SourceService:
         """Let a consumer in, or say why not."""
         refusal = self._refusal(message)
         if refusal is not None:
-            self.counters[f"refused_{refusal[0]}"] += 1
+            self._counters[f"refused_{refusal[0]}"] += 1
             log.warning("hand-off refused transfer=%s reason=%s: %s", message.transfer, *refusal)
             self._send(link, wire.Refused(message.transfer, *refusal))
             return
@@ -251,6 +266,8 @@ class SourceService:
             return "fingerprint", listed
         if isinstance(message, wire.Attach) and message.coordinate != str(self._identity.coordinate):
             return "coordinate", f"this worker is {self._identity.coordinate}, asked for {message.coordinate}"
+        if ticket.id in self._ended:
+            return "ended", f"this transfer has ended: {self._ended[ticket.id]}"
         self._ensure_source(ticket, now)
         return None
 
@@ -260,6 +277,7 @@ class SourceService:
 
     def _new_source(self, transfer: str, expires_at: float) -> None:
         layers = self._cache.layout.num_layers
+        self._ended.pop(transfer, None)
         with self._lock:
             self._void_below.setdefault(transfer, 0)
         self._sources[transfer] = machine.PrefillSource(
@@ -295,9 +313,9 @@ class SourceService:
     def _tell(self, transfer: str, action: machine.Tell) -> None:
         if isinstance(action.message, wire.Commit):
             if not self._is_valid(transfer, action.message.attempt):
-                self.counters["commits_withheld"] += 1
+                self._counters["commits_withheld"] += 1
                 return
-            self.counters["commits"] += 1
+            self._counters["commits"] += 1
         self._send(action.link, action.message)
 
     def _is_valid(self, transfer: str, attempt: int) -> bool:
@@ -317,11 +335,17 @@ class SourceService:
     def _forget(self, transfer: str, reason: str) -> None:
         del self._sources[transfer]
         self._request_ids.pop(transfer, None)
+        self._remember_end(transfer, reason)
         with self._lock:
             self._void_below.pop(transfer, None)
-        self.counters["transfers_done" if reason == "done" else "transfers_withdrawn"] += 1
+        self._counters["transfers_done" if reason == "done" else "transfers_withdrawn"] += 1
         if reason != "done":
             log.warning("hand-off withdrawn transfer=%s: %s", transfer, reason)
+
+    def _remember_end(self, transfer: str, reason: str) -> None:
+        self._ended[transfer] = reason
+        if len(self._ended) > _ENDED:
+            del self._ended[next(iter(self._ended))]
 
     # --- the hash thread -------------------------------------------------------------------------------------------
 
@@ -330,7 +354,7 @@ class SourceService:
             transfer, action = job
             try:
                 hashed = machine.Hashed(action.attempt, action.span.seq, self._checksums(transfer, action.span))
-                self._inbox.put(lambda transfer=transfer, hashed=hashed: self._dispatch(transfer, hashed))
+                self._inbox.put(partial(self._dispatch, transfer, hashed))
             except Exception:
                 log.exception("hand-off source: a span could not be hashed transfer=%s", transfer)
 

@@ -16,9 +16,9 @@ def session() -> WatchSession:
 
 
 def test_it_asks_until_prefill_has_begun(session: WatchSession) -> None:
-    assert session.state is WatchState.ASKING
+    states = [session.state]
     session.answered(wire.Scheduled("t"))
-    assert session.state is WatchState.READY
+    assert [*states, session.state] == [WatchState.ASKING, WatchState.READY]
 
 
 def test_a_refusal_declines_and_says_why(session: WatchSession) -> None:
