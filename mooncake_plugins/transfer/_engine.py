@@ -8,16 +8,22 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mooncake_plugins.errors import ClosedError, DeadlineExceededError, IntegrityError, MooncakeError, PeerClosedError
+from mooncake_plugins.errors import (
+    ClosedError,
+    DeadlineExceededError,
+    IntegrityError,
+    LocalUsageError,
+    MooncakeError,
+    PeerClosedError,
+)
 from mooncake_plugins.metadata import MetadataBackend
 from mooncake_plugins.transports import (
-    Endpoint,
+    Capability,
     Integrity,
     Listener,
     Opcode,
     Rights,
     SegmentDescription,
-    Transport,
 )
 from mooncake_plugins.wire import (
     Address,
@@ -40,7 +46,8 @@ from ._host import EngineHost
 from ._link import Link
 from ._loading import load_metadata, load_transports, registry_or_default
 from ._options import EngineOptions
-from ._peer import Peer, TransferPath, choose_paths
+from ._peer import Peer
+from ._peers import PeerTable
 from ._planning import Plan, plan_batch
 from ._ranges import ArrayLike, as_int64, check_lengths, check_sizes
 from ._regions import Region, RegionTable
@@ -77,7 +84,10 @@ class TransferEngine:
         self._regions = RegionTable()
         self._listeners: dict[str, Listener] = {}
         self._grants = GrantTable(
-            options.max_grants, options.quarantine_limit_bytes, lambda: tuple(self._listeners.values())
+            options.max_grants,
+            options.quarantine_limit_bytes,
+            lambda: tuple(self._listeners.values()),
+            self._counters.add,
         )
         self._host = EngineHost(
             self._identity, options.secret, self._listener, self._regions, self._grants, self._counters
@@ -85,10 +95,8 @@ class TransferEngine:
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._batches: dict[Batch, Callable[[], None]] = {}
-        self._links: dict[str, tuple[Link, TransferPath]] = {}
-        self._peers: weakref.WeakSet[Peer] = weakref.WeakSet()
+        self._peers = PeerTable(self._transports, self._host, options, self._counters.add)
         self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()
-        self._said: set[tuple[str, str]] = set()
         self._is_closing = False
         self._start(backend, location)
 
@@ -213,59 +221,8 @@ class TransferEngine:
         Blocking: up to ``timeout_s``.
         """
         self._check_open()
-        self._sweep()
-        description = self._metadata.resolve(address, Deadline(timeout_s))
-        with self._lock:
-            self._check_open()
-            known = self._links.get(description.incarnation)
-            link, path = known if known is not None else self._make_link(description)
-            peer = Peer(description, path, link, self._close_peer)
-            self._peers.add(peer)
-        return peer
-
-    def _make_link(self, description: SegmentDescription) -> tuple[Link, TransferPath]:
-        paths = choose_paths(self._transports, self._host, description)
-        path, transport = paths[0], self._transports[paths[0].transport]
-        link = Link(
-            description.segment,
-            self._connector(transport, description),
-            self._options.connections_per_peer,
-            self._options.idle_timeout_s,
-            self._options.connect_timeout_s,
-            self._counters.add,
-        )
-        self._links[description.incarnation] = (link, path)
-        self._say_path(description, path)
-        return link, path
-
-    def _connector(self, transport: Transport, peer: SegmentDescription) -> Callable[[Deadline], Endpoint]:
-        return lambda deadline: transport.connect(self._host, peer, deadline)
-
-    def _say_path(self, description: SegmentDescription, path: TransferPath) -> None:
-        said = (description.address, path.transport)
-        level = logging.DEBUG if said in self._said else logging.INFO
-        self._said.add(said)
-        log.log(level, "path peer=%s address=%s transport=%s reason=%s", description.segment, *said, path.reason)
-
-    def _close_peer(self, peer: Peer) -> None:
-        with self._lock:
-            self._peers.discard(peer)
-            if any(other.incarnation == peer.incarnation for other in self._peers):
-                return
-            self._links.pop(peer.incarnation, None)
-        peer.link.close(Deadline(CLOSE_TIMEOUT_S))
-
-    def _sweep(self) -> None:
-        """Close what dead and forgotten peers left behind."""
-        with self._lock:
-            held = {peer.incarnation for peer in self._peers}
-            dropped = [key for key, (link, _) in self._links.items() if key not in held and link.is_idle]
-            forgotten = [self._links.pop(key)[0] for key in dropped]
-            links = [link for link, _ in self._links.values()]
-        for link in forgotten:
-            link.close(Deadline(CLOSE_TIMEOUT_S))
-        for link in links:
-            link.sweep()
+        self._peers.sweep()
+        return self._peers.open(self._metadata.resolve(address, Deadline(timeout_s)))
 
     # -- transfers
 
@@ -299,7 +256,8 @@ class TransferEngine:
 
         Raises:
             OutOfBoundsError: A local range is not registered (first one in ``.index``); nothing was queued.
-            LocalUsageError: Arrays are empty, differ in length or hold a length below 1; or a grant is missing.
+            LocalUsageError: Arrays are empty, differ in length or hold a length below 1; a grant is missing; or the
+                transport cannot do that (``capabilities``).
             PeerClosedError: The peer was found to be restarted; nothing was queued.
             ClosedError: The peer or this engine was closed here.
 
@@ -323,6 +281,8 @@ class TransferEngine:
         self._check_peer(peer)
         link = peer.link
         options = self._options
+        integrity = options.integrity if integrity is None else integrity
+        self._check_abilities(peer, opcode, integrity)
         plan = plan_batch(
             self._regions,
             opcode,
@@ -331,7 +291,7 @@ class TransferEngine:
             lengths,
             Deadline(deadline_s),
             grant,
-            options.integrity if integrity is None else integrity,
+            integrity,
             options.connections_per_peer,
             options.slice_bytes,
         )
@@ -367,6 +327,15 @@ class TransferEngine:
             raise ClosedError(f"peer {peer.segment} was closed on this side")
         if peer.link.gone is not None:
             raise PeerClosedError(str(peer.link.gone), was_restarted=True)
+
+    def _check_abilities(self, peer: Peer, opcode: Opcode, integrity: Integrity) -> None:
+        can = self._transports[peer.path.transport].capabilities
+        needed = {Capability.WRITE if opcode is Opcode.WRITE else Capability.READ}
+        if integrity is not Integrity.NONE:
+            needed.add(Capability.INTEGRITY)
+        if not needed <= can:
+            missing = ", ".join(sorted(capability.value for capability in needed - can))
+            raise LocalUsageError(f"{peer.path.transport}, in use with {peer.segment}, does not offer: {missing}")
 
     def _finish(self, batch: Batch) -> None:
         """A batch is terminal: nothing touches its memory any more."""
@@ -454,9 +423,7 @@ class TransferEngine:
         check_lengths(sizes)
         self._regions.pin("local", starts, sizes, Rights.WRITE, writes=True).release()
         only = peer.incarnation if isinstance(peer, Peer) else peer
-        made = self._grants.open(starts, sizes, Deadline(deadline_s), only)
-        self._counters.add("grants_made")
-        return made
+        return self._grants.open(starts, sizes, Deadline(deadline_s), only)
 
     @property
     def quarantined_bytes(self) -> int:
@@ -507,8 +474,8 @@ class TransferEngine:
 
     def metrics(self) -> dict[str, int | float]:
         """Counters since the start, and what is open now."""
+        links = self._peers.links()
         with self._lock:
-            links = [link for link, _ in self._links.values()]
             pending = len(self._batches)
         values: dict[str, int | float] = dict(self._counters.values())
         values.update(self._listener.counters)
@@ -540,14 +507,11 @@ class TransferEngine:
         """Cancel batches and give everything back at once. Idempotent."""
         with self._lock:
             self._is_closing = True
-            batches, links = list(self._batches), [link for link, _ in self._links.values()]
-            channels = list(self._channels)
-            self._links.clear()
+            batches, channels = list(self._batches), list(self._channels)
         for batch in batches:
             batch.cancel()
         deadline = Deadline(CLOSE_TIMEOUT_S)
-        for link in links:
-            link.close(deadline)
+        self._peers.close(deadline)
         for channel in channels:
             channel.close()
         self._close_target_side(deadline)

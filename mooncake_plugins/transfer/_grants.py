@@ -188,11 +188,15 @@ class GrantTable:
     """The grants of one engine. Thread-safe."""
 
     def __init__(
-        self, max_grants: int, quarantine_limit_bytes: int, listeners: Callable[[], Iterable[Listener]]
+        self,
+        max_grants: int,
+        quarantine_limit_bytes: int,
+        listeners: Callable[[], Iterable[Listener]],
+        count: Callable[[str], None],
     ) -> None:
         self._lock = threading.Lock()
         self._max_grants, self._limit = max_grants, quarantine_limit_bytes
-        self._listeners = listeners
+        self._listeners, self._count = listeners, count
         self._grants: dict[bytes, Grant] = {}
         self._quarantine: dict[bytes, Grant] = {}
         self._epoch = 0
@@ -216,6 +220,7 @@ class GrantTable:
             self._epoch += 1
             grant = Grant(self, self._epoch, ranges, deadline, peer)
             self._grants[grant.token] = grant
+        self._count("grants_made")
         return grant
 
     def _drop_expired(self) -> None:
@@ -240,13 +245,19 @@ class GrantTable:
         with self._lock:
             self._grants.pop(grant.token, None)
         grant.close_gate()
-        if grant.is_fenced or self._is_fenced(grant, deadline):
+        if grant.is_fenced:
+            return Fence.FENCED
+        if self._is_fenced(grant, deadline):
             grant.mark_fenced()
             with self._lock:
                 self._quarantine.pop(grant.token, None)
+            self._count("grants_fenced")
             return Fence.FENCED
         with self._lock:
+            is_new = grant.token not in self._quarantine
             self._quarantine[grant.token] = grant
+        if is_new:
+            self._count("grants_quarantined")
         return Fence.QUARANTINED
 
     def _is_fenced(self, grant: Grant, deadline: Deadline) -> bool:

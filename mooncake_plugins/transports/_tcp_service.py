@@ -23,6 +23,7 @@ from ._vectored import Vector
 
 IDLE_S = 300.0
 MAX_SERVE_S = 3600.0
+REQUEST_S = 30.0
 _NOTHING = np.empty(0, np.int64)
 
 
@@ -43,7 +44,7 @@ class TcpService:
                 self._bulk.wait_readable(Deadline(IDLE_S))
             except (DeadlineExceededError, PeerClosedError):
                 return
-            kind, payload = self._bulk.recv_frame(REQUEST_LIMIT_BYTES, Deadline(MAX_SERVE_S))
+            kind, payload = self._bulk.recv_frame(REQUEST_LIMIT_BYTES, Deadline(REQUEST_S))
             if kind not in (FrameKind.READ, FrameKind.WRITE):
                 raise unexpected(kind)
             request = decode_request(payload)

@@ -23,7 +23,8 @@ from mooncake_plugins.errors import (
 )
 from mooncake_plugins.testing import LeakSnapshot, leak_check, wait_until
 from mooncake_plugins.transfer import BatchStatus, EngineOptions, Integrity, Opcode, TransferEngine
-from mooncake_plugins.transports import _checksums, _vectored
+from mooncake_plugins.transports import Capability, _checksums, _vectored
+from mooncake_plugins.transports.loopback import LoopbackTransport
 from mooncake_plugins.wire import Channel
 
 __all__ = ["leak_check"]
@@ -120,6 +121,18 @@ def test_read_needs_no_grant_and_write_does() -> None:
         for token in (None, b"short"):
             with pytest.raises(LocalUsageError, match="needs the token"):
                 one.submit(peer, Opcode.WRITE, [region.offset], [0], [1], deadline_s=1, grant=token)
+
+
+def test_what_the_transport_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoopbackTransport, "capabilities", frozenset({Capability.READ}))
+    with make() as one, make() as other:
+        here, there = one.register(bytearray(8)), other.register(bytearray(8))
+        peer = one.open(other.address, timeout_s=10)
+        one.read(peer, [here.offset], [there.offset], [8], deadline_s=10)
+        with pytest.raises(LocalUsageError, match="does not offer: integrity"):
+            one.read(peer, [here.offset], [there.offset], [8], deadline_s=10, integrity=Integrity.XXH3_64)
+        with pytest.raises(LocalUsageError, match="does not offer: write"):
+            one.write(peer, [here.offset], [there.offset], [8], deadline_s=10, grant=bytes(32))
 
 
 def test_close_lets_batches_finish(leak_check: None) -> None:

@@ -21,7 +21,7 @@ def array(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
 
 
 def table(limit: int = 1000, listeners: tuple[Listener, ...] = (), max_grants: int = 100) -> GrantTable:
-    return GrantTable(max_grants, limit, lambda: listeners)
+    return GrantTable(max_grants, limit, lambda: listeners, lambda name: None)
 
 
 class SlowFence(Listener):
@@ -134,3 +134,4 @@ def test_unregister_revokes_grants_of_the_region() -> None:
         grant = engine.grant([region.offset], [10], deadline_s=60)
         engine.unregister(region, 1)
         assert not grant.is_open and grant.is_fenced
+        assert (engine.metrics()["grants_made"], engine.metrics()["grants_fenced"]) == (1, 1)
