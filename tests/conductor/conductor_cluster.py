@@ -201,7 +201,8 @@ class Cluster:
         self.task = asyncio.create_task(serve(self.config, self._stop, ready.set_result))
         try:
             if self._wait:
-                await asyncio.wait({self.task, ready}, return_when=asyncio.FIRST_COMPLETED)
+                waiting: set[asyncio.Future[Any]] = {self.task, ready}
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if self.task.done():
                     self.task.result()
                 self.url, self.console = ready.result()

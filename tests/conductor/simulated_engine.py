@@ -1,6 +1,6 @@
 """A simulated engine: an HTTP server that checks what it receives and answers as a test tells it to.
 
-It speaks enough of vLLM's OpenAI API for the Conductor: health, models, describe, completions and chat, plain and streamed.
+It speaks as much of vLLM's OpenAI API as the Conductor uses: health, models, describe, completions and chat.
 """
 
 from __future__ import annotations

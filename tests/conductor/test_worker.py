@@ -84,7 +84,7 @@ async def test_a_taken_port_is_an_error_that_names_the_option() -> None:
     port = taken.sockets[0].getsockname()[1]
     engines = ((Role.COUPLED, "http://127.0.0.1:1"),)
     for option, ports in (("--port", {"port": port}), ("--console-port", {"port": 0, "console_port": port})):
-        config = ConductorConfig(engines, LeastLoaded(), VllmDialect(), **ports)  # type: ignore[arg-type]
+        config = ConductorConfig(engines, LeastLoaded(), VllmDialect(), **ports)
         with pytest.raises(ConductorError, match=rf"cannot listen on 127.0.0.1:{port}.*another with {option}$"):
             await serve(config, asyncio.Event())
     taken.close()

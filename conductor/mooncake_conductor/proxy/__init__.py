@@ -12,7 +12,7 @@ from mooncake_conductor.proxy._httptools import load_httptools
 from mooncake_conductor.proxy._members import Membership
 from mooncake_conductor.proxy._metrics import Metrics
 from mooncake_conductor.proxy._options import ProxyOptions
-from mooncake_conductor.proxy._upstream import EnginePool
+from mooncake_conductor.proxy._pool import EnginePool
 
 __all__ = [
     "ApiError",

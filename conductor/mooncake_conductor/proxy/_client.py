@@ -183,9 +183,7 @@ class ClientConnection(asyncio.Protocol):
         request.content_type = self._kind
         self._is_in_head = False
         if parser.should_upgrade():
-            self._refuse(
-                ApiError(400, "No protocol upgrade is offered: send no Upgrade header, no CONNECT.", "upgrade")
-            )
+            self._refuse(ApiError(400, "Nothing to upgrade to: send no Upgrade header and no CONNECT.", "upgrade"))
         if version not in ("1.1", "1.0"):
             self._refuse(ApiError(505, f"HTTP/{version} is not supported.", "http_version"))
         if self._hosts > 1 or (not self._hosts and not request.is_http10):

@@ -6,7 +6,8 @@ import asyncio
 
 from mooncake_conductor.dialects import Probe
 from mooncake_conductor.proxy._httptools import read_answer
-from mooncake_conductor.proxy._upstream import EnginePool, Failure, Leg
+from mooncake_conductor.proxy._pool import EnginePool
+from mooncake_conductor.proxy._upstream import Failure, Leg
 from mooncake_plugins.errors import ConductorError
 
 

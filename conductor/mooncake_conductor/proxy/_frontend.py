@@ -16,8 +16,9 @@ from mooncake_conductor.proxy._exchange import Exchange
 from mooncake_conductor.proxy._httptools import HttpTools
 from mooncake_conductor.proxy._metrics import Metrics
 from mooncake_conductor.proxy._options import ProxyOptions
+from mooncake_conductor.proxy._pool import EnginePool
 from mooncake_conductor.proxy._request import Request
-from mooncake_conductor.proxy._upstream import EnginePool, Failure
+from mooncake_conductor.proxy._upstream import Failure
 from mooncake_plugins.handoff import Ticket, sign_ticket
 
 logger = logging.getLogger(__name__)

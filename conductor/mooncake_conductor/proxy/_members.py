@@ -33,7 +33,7 @@ from mooncake_conductor.core import (
 from mooncake_conductor.dialects import EngineDialect
 from mooncake_conductor.proxy._fetch import NoAnswerError, fetch
 from mooncake_conductor.proxy._options import ProxyOptions
-from mooncake_conductor.proxy._upstream import EnginePool
+from mooncake_conductor.proxy._pool import EnginePool
 from mooncake_plugins.errors import ConductorError, FingerprintError, MooncakeError
 from mooncake_plugins.handoff import EngineDescription
 from mooncake_plugins.kv import fingerprint_differences

@@ -31,7 +31,7 @@ class ProxyOptions:
         startup_s: Time in which all engines must answer at start.
         health_interval_s: Between two health probes of an engine.
         health_timeout_s: For one health probe.
-        redescribe_s: An engine whose idle connections end early, or that was refused, describes itself again this often.
+        redescribe_s: An engine that was refused, or whose idle connections end early, is described again this often.
         describe_timeout_s: For one describe probe, which waits in the engine's queue like a request.
         grace_s: At stop, for requests in flight.
     """
