@@ -40,6 +40,8 @@ class WatchService:
         self._lock = threading.Lock()
         self._sessions: dict[str, tuple[WatchSession, Link]] = {}
         self._requests: dict[str, wire.Watch] = {}
+        # What prefill must hear as soon as a link that is still opening is up: else it holds blocks for nobody until its lease ends.
+        self._farewells: dict[Link, list[wire.ToPrefill]] = {}
         self._links: dict[str, Link] = {}
         self._up: set[Link] = set()
 
@@ -69,15 +71,19 @@ class WatchService:
             return entry[0].state
 
     def end(self, transfer: str, *, release: str = "") -> WatchSession | None:
-        """Forget a transfer; with ``release`` (a reason) prefill is told that nobody will pull it."""
+        """Forget a transfer; with ``release`` (a reason) prefill is told that nobody will pull it, once it can be reached."""
         with self._lock:
             entry = self._sessions.pop(transfer, None)
-            self._requests.pop(transfer, None)
-        if entry is None:
-            return None
-        if release:
-            entry[1].send(wire.Release(transfer, release))
-        return entry[0]
+            request = self._requests.pop(transfer, None)
+            if entry is None:
+                return None
+            session, link = entry
+            is_opening = link not in self._up and self._links.get(link.address) is link
+            if release and is_opening and request is not None:
+                self._farewells.setdefault(link, []).extend((request, wire.Release(transfer, release)))
+        if release and not is_opening:
+            link.send(wire.Release(transfer, release))
+        return session
 
     def close(self) -> None:
         """End the links. Idempotent."""
@@ -91,9 +97,12 @@ class WatchService:
     def link_up(self, link: Link) -> None:
         with self._lock:
             self._up.add(link)
-            waiting = [self._requests[t] for t, (_, its) in self._sessions.items() if its is link and t in self._requests]
-        for request in waiting:
-            link.send(request)
+            waiting: list[wire.ToPrefill] = [
+                self._requests[t] for t, (_, its) in self._sessions.items() if its is link and t in self._requests
+            ]
+            waiting += self._farewells.pop(link, [])
+        for message in waiting:
+            link.send(message)
 
     def link_message(self, link: Link, message: wire.ToDecode) -> None:
         with self._lock:
@@ -104,6 +113,7 @@ class WatchService:
     def link_lost(self, link: Link, reason: str) -> None:
         with self._lock:
             self._up.discard(link)
+            self._farewells.pop(link, None)
             if self._links.get(link.address) is link:
                 del self._links[link.address]
             for session, its in self._sessions.values():
