@@ -97,8 +97,9 @@ class FaultyFleet:
             if name == "decode":
                 env |= {"PYTHONPATH": str(self._plugins), "MOONCAKE_TEST_FAULTS": str(self.faults.folder),
                         "MOONCAKE_HANDOFF_TRANSPORTS": "faulty", **(decode_options or {})}  # fmt: skip
+            # Small caches can be filled, and small steps make a prompt take many: there is time to take its blocks away.
             argv = vllm_argv(self.model, self._ports[name], "--kv-connector", "mooncake", "--kv-role", "both",
-                             cache_bytes=32 << 20)  # fmt: skip
+                             "--max-num-batched-tokens", "96", cache_bytes=32 << 20)  # fmt: skip
             self.processes[name] = Process(name, argv, self.workdir / f"faulty-{name}.log", engine_environment(**env))
 
     def wait_for_engines(self, *names: str) -> None:
