@@ -1,15 +1,18 @@
 """``--kv-connector`` and ``--kv-role`` for the stock ``vllm`` command.
 
-vLLM offers ``--kv-transfer-config`` only. Our flags are added to its argument parser and merged into that option after parsing, so
-order does not matter and dotted forms still work. This rests on two habits of vLLM that nobody promises (plugins are loaded while
-arguments are added; the sub-command's own ``parse_known_args`` is called), so it fails soft: without the flags, the plain
-``--kv-transfer-config '{"kv_connector": "mooncake", "kv_role": "kv_both"}'`` still works.
+vLLM offers ``--kv-transfer-config`` only. Our flags are added to its argument parser and merged into that option after
+parsing, so order does not matter and dotted forms still work. This rests on two habits of vLLM that nobody promises
+(plugins are loaded while arguments are added; the sub-command's own ``parse_known_args`` is called), so it fails soft:
+without the flags, the plain ``--kv-transfer-config '{"kv_connector": "mooncake", "kv_role": "kv_both"}'`` still works.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +24,9 @@ _NAMES = {engine: ours for ours, engine in ROLES.items()}
 _MARK = "_mooncake_flags"
 
 
-def merge_transfer_config(connector: str | None, role: str | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def merge_transfer_config(
+    connector: str | None, role: str | None, given: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
     """Merge our flags with what ``--kv-transfer-config`` says.
 
     Returns:
@@ -56,7 +61,7 @@ def install_flags() -> None:
     original = getattr(EngineArgs, "add_cli_args", None)
     if original is None or getattr(original, _MARK, False):
         if original is None:
-            log.warning("this vLLM has no EngineArgs.add_cli_args: --kv-connector is not available, use --kv-transfer-config")
+            log.warning("this vLLM has no EngineArgs.add_cli_args, so no --kv-connector: use --kv-transfer-config")
         return
 
     @functools.wraps(original)
@@ -72,47 +77,68 @@ def install_flags() -> None:
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("mooncake-plugins", "KV hand-off between prefill and decode instances")
     group.add_argument(
-        "--kv-connector", "--kv_connector", choices=["mooncake"], default=None, help="hand KV over with mooncake-plugins"
+        "--kv-connector",
+        "--kv_connector",
+        choices=["mooncake"],
+        default=None,
+        help="hand KV over with mooncake-plugins",
     )
     group.add_argument(
         "--kv-role", "--kv_role", choices=sorted(ROLES), default=None, help="what this instance does (default: both)"
     )
+    stated = _note_stated_fields(parser)
     parse = parser.parse_known_args
 
     def parse_known_args(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        stated.clear()
         namespace, rest = parse(*args, **kwargs)
-        _merge_into(parser, namespace)
+        _merge_into(parser, namespace, stated)
         return namespace, rest
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign,assignment]
 
 
-def _merge_into(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> None:
+def _note_stated_fields(parser: argparse.ArgumentParser) -> set[str]:
+    """Return a set that holds, after parsing, the fields which ``--kv-transfer-config`` stated.
+
+    vLLM makes a config object of the JSON, in which a stated default cannot be told from one that was not stated.
+    """
+    stated: set[str] = set()
+    action = parser._option_string_actions.get("--kv-transfer-config")
+    original = getattr(action, "type", None)
+    if action is None or not callable(original):
+        return stated
+
+    @functools.wraps(original)
+    def note(text: str) -> Any:
+        config = original(text)
+        with contextlib.suppress(ValueError, AttributeError):
+            stated.update(json.loads(text).keys())
+        return config
+
+    action.type = note
+    return stated
+
+
+def _merge_into(parser: argparse.ArgumentParser, namespace: argparse.Namespace, stated: set[str]) -> None:
     connector, role = getattr(namespace, "kv_connector", None), getattr(namespace, "kv_role", None)
-    given = getattr(namespace, "kv_transfer_config", None)
     if connector is None and role is None:
         return
+    given = _as_mapping(getattr(namespace, "kv_transfer_config", None), stated)
     try:
-        merged = merge_transfer_config(connector, role, _as_mapping(given))
+        merged = merge_transfer_config(connector, role, given)
     except ValueError as error:
         parser.error(str(error))
     if merged is not None:
         namespace.kv_transfer_config = _as_config(merged)
 
 
-def _as_mapping(given: Any) -> dict[str, Any] | None:
-    """Take ``--kv-transfer-config`` as vLLM parsed it: absent, a dict, or its config object."""
+def _as_mapping(given: Any, stated: set[str]) -> dict[str, Any] | None:
+    """Take ``--kv-transfer-config`` as vLLM parsed it (absent, a dict, or its config object), without its defaults."""
     if given is None or isinstance(given, dict):
         return given
-    from dataclasses import MISSING, fields
-
-    stated = {}
-    for field in fields(given):
-        value = getattr(given, field.name)
-        is_default = field.default is not MISSING and value == field.default
-        if not is_default and field.name not in ("engine_id", "kv_buffer_device"):
-            stated[field.name] = value
-    return {**stated, "engine_id": given.engine_id}
+    names = stated or {field.name for field in dataclasses.fields(given) if getattr(given, field.name) != field.default}
+    return {name: getattr(given, name) for name in names if hasattr(given, name)}
 
 
 def _as_config(merged: dict[str, Any]) -> Any:
