@@ -87,12 +87,16 @@ def make_requests(seed: int) -> list[Request]:
     return [Request(prompt, draw.randrange(16, 49), i % 2 == 0) for i, prompt in enumerate(prompts)]
 
 
-# --- processes -------------------------------------------------------------------------------------------------------
+# --- processes -------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
+
+
+def port_of(url: str) -> str:
+    return url.rpartition(":")[2]
 
 
 @contextmanager
@@ -137,7 +141,7 @@ def wait_for(parts: dict[str, tuple[subprocess.Popen[bytes], str, Path]], timeou
                 raise DemoError(f"{name} ended with status {process.returncode}; the end of {log}:\n{tail(log)}")
         elapsed = time.monotonic() - begun
         if elapsed > timeout_s:
-            raise DemoError(f"{', '.join(waiting)} not ready within {timeout_s:.0f} s; logs are in {log.parent}")
+            raise DemoError(f"{', '.join(waiting)} not ready within {timeout_s:.0f} s")
         if elapsed - said >= 15.0:
             said = elapsed
             say(f"waiting for {', '.join(waiting)} ({elapsed:.0f} s so far; engines take half a minute or more)")
@@ -160,7 +164,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-# --- requests --------------------------------------------------------------------------------------------------------
+# --- requests --------------------------------------------------------------------------------------
 
 
 def ask(url: str, request: Request) -> Result:
@@ -224,7 +228,7 @@ def settled_counters(url: str, pulls: int) -> Counter[str]:
         time.sleep(0.1)
 
 
-# --- the verdict -----------------------------------------------------------------------------------------------------
+# --- the verdict -----------------------------------------------------------------------------------
 
 
 def milliseconds(values: Sequence[float]) -> str:
@@ -283,16 +287,17 @@ def verdict(
         say(f"The KV of all {len(requests)} prompts came from the prefill engine; nothing was computed twice.")
     else:
         say(
-            f"The KV of {counts['pulls_ok']} of {len(requests)} prompts came from the prefill engine, {failed} failures: {dict(counts)}"
+            f"Only {counts['pulls_ok']} of {len(requests)} prompts got their KV from the prefill engine; {failed} failures."
         )
+        say(f"decode counted: {dict(counts)}")
     return not different and came_over and not failed
 
 
 def run(model: Path, folder: Path, timeout_s: float) -> bool:
     endpoint, alone = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
-    up = [str(BIN / "mooncake"), "up", str(model), "--prefill", "1", "--decode", "1", "--port", endpoint.rpartition(":")[2],
+    up = [str(BIN / "mooncake"), "up", str(model), "--prefill", "1", "--decode", "1", "--port", port_of(endpoint),
           "--run-dir", str(folder / "up"), "--", *ENGINE_ARGUMENTS]  # fmt: skip
-    single = [str(BIN / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", alone.rpartition(":")[2],
+    single = [str(BIN / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", port_of(alone),
               *ENGINE_ARGUMENTS]  # fmt: skip
     say(f"logs: {folder}")
     say(f"$ mooncake up {model} --prefill 1 --decode 1 -- {' '.join(ENGINE_ARGUMENTS)}")

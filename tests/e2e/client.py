@@ -78,7 +78,9 @@ def stream(url: str, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
 def streamed_tokens(url: str, prompt: Any, **more: Any) -> list[int]:
     """Stream a completion and return its token ids."""
     body = {**GREEDY, "max_tokens": 16, "prompt": prompt, **more}
-    return [token for event in stream(url, "/v1/completions", body) for c in event["choices"] for token in c["token_ids"]]
+    return [
+        token for event in stream(url, "/v1/completions", body) for c in event["choices"] for token in c["token_ids"]
+    ]
 
 
 def open_and_send(url: str, path: str, body: Mapping[str, Any]) -> socket.socket:
@@ -86,12 +88,14 @@ def open_and_send(url: str, path: str, body: Mapping[str, Any]) -> socket.socket
     parts = urlsplit(url)
     data = json.dumps(body).encode()
     sock = socket.create_connection((parts.hostname, parts.port), timeout=TIMEOUT_S)
-    head = f"POST {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    )
     sock.sendall(head.encode() + data)
     return sock
 
 
-# --- what engines count ------------------------------------------------------------------------------------------
+# --- what engines count ----------------------------------------------------------------------------
 
 
 def scrape(url: str) -> str:

@@ -25,7 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.vllm)
             if absent:
-                item.add_marker(pytest.mark.skip(reason="vLLM is not installed in this environment; `make test` has one"))
+                item.add_marker(
+                    pytest.mark.skip(reason="vLLM is not installed in this environment; `make test` has one")
+                )
 
 
 @pytest.fixture(scope="session")
@@ -47,12 +49,12 @@ def secret_file(workdir: Path) -> Path:
     return path
 
 
-# --- the single engine everything is compared with ----------------------------------------------------------------
+# --- the single engine everything is compared with -------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def engines(workdir: Path, model: Path) -> Iterator[tuple[str, Fleet]]:
-    """Start the reference engine (no connector) and ``mooncake up`` with one prefill and one decode engine, together."""
+    """Start, together, the reference engine (no connector) and ``mooncake up`` with a prefill and a decode engine."""
     port, endpoint_port = free_ports("127.0.0.1", 2)
     reference = Process("reference", vllm_argv(model, port), workdir / "reference.log", engine_environment())
     run_dir = workdir / "up"

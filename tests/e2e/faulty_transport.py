@@ -3,8 +3,10 @@
 Engines load it through an entry point, like any third party's. What it does is told by files in the folder
 ``MOONCAKE_TEST_FAULTS``, looked at once a read, so a test changes it while engines run:
 
-    mode      "pass" (or absent): plain TCP.   "gate": before each read, write `waiting` and wait for `go` (at most 60 s).
-              "flip": flip one bit of the next read, once.   "zero": every read delivers zeros.
+    mode      "pass" (or absent): plain TCP.
+              "gate": before each read, write `waiting` and wait for `go`, at most 60 s.
+              "flip": flip one bit of the next read, once.
+              "zero": every read delivers zeros.
 """
 
 from __future__ import annotations
@@ -15,7 +17,16 @@ import time
 from pathlib import Path
 
 from mooncake_plugins.plugins import Provider, hookimpl
-from mooncake_plugins.transports import Endpoint, Listener, Opcode, Reach, SegmentDescription, Transport, TransportHost, Work
+from mooncake_plugins.transports import (
+    Endpoint,
+    Listener,
+    Opcode,
+    Reach,
+    SegmentDescription,
+    Transport,
+    TransportHost,
+    Work,
+)
 from mooncake_plugins.transports.tcp import TcpTransport
 from mooncake_plugins.wire import Deadline
 

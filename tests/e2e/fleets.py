@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mooncake_plugins.launch import free_ports
@@ -19,7 +22,9 @@ REPOSITORY = HERE.parents[1]
 def make_model(folder: Path, *more: str) -> Path:
     """Build a tiny random model, float32."""
     script = REPOSITORY / "examples" / "tiny_model" / "make_tiny_model.py"
-    subprocess.run([sys.executable, str(script), str(folder), *more], check=True, timeout=180, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, str(script), str(folder), *more], check=True, timeout=180, stdout=subprocess.DEVNULL
+    )
     return folder
 
 
@@ -97,7 +102,7 @@ class FaultyFleet:
             if name == "decode":
                 env |= {"PYTHONPATH": str(self._plugins), "MOONCAKE_TEST_FAULTS": str(self.faults.folder),
                         "MOONCAKE_HANDOFF_TRANSPORTS": "faulty", **(decode_options or {})}  # fmt: skip
-            # Small caches can be filled, and small steps make a prompt take many: there is time to take its blocks away.
+            # Small caches can be filled; small steps make a prompt take many, so there is time to take its blocks.
             argv = vllm_argv(self.model, self._ports[name], "--kv-connector", "mooncake", "--kv-role", "both",
                              "--max-num-batched-tokens", "96", cache_bytes=32 << 20)  # fmt: skip
             self.processes[name] = Process(name, argv, self.workdir / f"faulty-{name}.log", engine_environment(**env))
@@ -106,17 +111,33 @@ class FaultyFleet:
         wait_until_ready([(self.processes[name], f"{self.url(name)}/health") for name in names])
 
     def start_conductor(self) -> None:
-        argv = [str(BIN / "mooncake"), "conductor", "--prefill", self.url("prefill"), "--decode", self.url("decode"),
-                "--port", str(self._ports["conductor"]), "--console-port", str(self._ports["console"]),
-                "--health-interval", "0.5"]  # fmt: skip
         env = engine_environment(**self._common)
-        self.processes["conductor"] = Process("conductor", argv, self.workdir / "faulty-conductor.log", env)
+        self.processes["conductor"] = self._conductor(
+            "conductor", self._ports["conductor"], self._ports["console"], env
+        )
         wait_until_ready([(self.processes["conductor"], f"{self.endpoint}/health")])
+
+    @contextmanager
+    def another_conductor(self, secret_file: Path) -> Iterator[str]:
+        """Run a second Conductor with its own secret in front of the same engines; yields its URL."""
+        port, console = free_ports("127.0.0.1", 2)
+        env = engine_environment(**{**self._common, "MOONCAKE_SECRET_FILE": str(secret_file)})
+        process = self._conductor("another-conductor", port, console, env)
+        try:
+            wait_until_ready([(process, f"http://127.0.0.1:{port}/health")])
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.stop()
+
+    def _conductor(self, name: str, port: int, console: int, env: dict[str, str]) -> Process:
+        argv = [str(BIN / "mooncake"), "conductor", "--prefill", self.url("prefill"), "--decode", self.url("decode"),
+                "--port", str(port), "--console-port", str(console), "--health-interval", "0.5"]  # fmt: skip
+        return Process(name, argv, self.workdir / f"faulty-{name}.log", env)
 
     def wait_until_idle(self, *names: str, timeout_s: float = 40.0) -> None:
         """Wait until the engines run nothing and all their blocks are free again."""
         for name in names:
-            eventually(lambda name=name: is_idle(self.url(name)), timeout_s=timeout_s, what=f"{name} is not idle")
+            eventually(partial(is_idle, self.url(name)), timeout_s=timeout_s, what=f"{name} is not idle")
 
     def stop(self) -> None:
         self.faults.open_gate()

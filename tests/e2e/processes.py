@@ -16,7 +16,7 @@ from pathlib import Path
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 300.0
 
-# A tiny model on a CPU: float32 makes greedy tokens comparable, a small batch of tokens makes prompts take several chunks.
+# float32 makes greedy tokens comparable; a small batch of tokens makes prompts take several chunks.
 ENGINE_ARGUMENTS = (
     "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
     "--max-num-seqs", "8", "--block-size", "32", "--max-num-batched-tokens", "256",

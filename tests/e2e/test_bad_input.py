@@ -126,7 +126,7 @@ def test_errors_of_the_endpoint_are_openai_errors(pair: Fleet) -> None:
         assert word in answer.body["error"]["message"]
 
 
-# --- engines that do not fit together -----------------------------------------------------------------------------------
+# --- engines that do not fit together --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_the_first_forward_of_one_token_in_bfloat16(stranger: str) -> None:
     assert len(complete(stranger, [9], max_tokens=2).token_ids[0]) == 2
 
 
-# --- `mooncake up` itself, last: this ends the deployment ---------------------------------------------------------------
+# --- `mooncake up` itself, last: this ends the deployment ------------------------------------------
 
 
 def test_the_death_of_a_part_stops_everything_and_says_which(pair: Fleet, workdir: Path) -> None:

@@ -1,8 +1,8 @@
 """A pair's answers equal a single engine's, token by token, and the KV really came from the prefill engine.
 
 Equal tokens alone prove nothing, since every failure falls back to computing again. So each test also reads the decode
-engine's counters: pulls that succeeded, blocks and bytes that arrived, nothing that failed. Tokens are chosen at random per
-test, so that no prompt is in a prefix cache unless the test put it there.
+engine's counters: pulls that succeeded, blocks and bytes that arrived, nothing that failed. Each test draws its own tokens,
+so that no prompt is in a prefix cache unless the test put it there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def handed_over(fleet: Fleet, *, blocks: int, pulls: int = 1) -> Iterator[None]:
     assert counts["blocks_loaded"] == blocks
     assert counts["bytes_received"] == blocks * BLOCK_BYTES
     for url in (fleet.prefill, fleet.decode):
-        eventually(lambda url=url: is_idle(url), what=f"{url} still holds blocks")
+        eventually(partial(is_idle, url), what=f"{url} still holds blocks")
 
 
 def blocks_of(tokens: int) -> int:
@@ -124,7 +125,9 @@ def test_sixteen_at_once_streamed_and_plain(pair: Fleet, expect: Any) -> None:
     answers: dict[int, list[int]] = {}
 
     def ask(i: int) -> None:
-        answers[i] = streamed_tokens(pair.endpoint, prompts[i]) if i % 2 else complete(pair.endpoint, prompts[i]).token_ids[0]
+        answers[i] = (
+            streamed_tokens(pair.endpoint, prompts[i]) if i % 2 else complete(pair.endpoint, prompts[i]).token_ids[0]
+        )
 
     with handed_over(pair, blocks=sum(blocks_of(len(p)) for p in prompts), pulls=16):
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(16)]

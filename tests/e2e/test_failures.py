@@ -1,16 +1,21 @@
-"""What goes wrong between two real engines, and what then happens: the right tokens or a refusal, in time, and every block free again.
+"""What goes wrong between two real engines, and what then happens: the right tokens or a refusal, in time.
+
+Afterwards every block is free again.
 
 All tests share one pair; each leaves it as it found it. The last ones kill engines.
 """
 
 from __future__ import annotations
 
+import http.client
 import math
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +37,7 @@ class Asking:
     def _run(self, ask: Callable[[], Answer]) -> None:
         try:
             self._answer = ask()
-        except Exception as error:
+        except (OSError, http.client.HTTPException) as error:
             self._error = error
 
     def answer(self, timeout_s: float = 60.0) -> Answer:
@@ -56,7 +61,7 @@ def fresh_counts(fleet: FaultyFleet, before: Counter[str], name: str, at_least: 
     return difference()
 
 
-# --- controls: the counters and the checks are real -----------------------------------------------------------------
+# --- controls: the counters and the checks are real ------------------------------------------------
 
 
 def test_both_roles_hand_over(faulty: FaultyFleet, expect: Any) -> None:
@@ -89,7 +94,31 @@ def test_after_a_failed_load_later_requests_are_healthy(faulty: FaultyFleet, exp
         assert complete(faulty.url("decode"), prompt).token_ids == expect(prompt)
 
 
-# --- clients that leave ------------------------------------------------------------------------------------------------
+def test_a_conductor_with_another_secret_gets_right_answers_but_no_transfer(
+    faulty: FaultyFleet, expect: Any, tmp_path: Path
+) -> None:
+    """Both engines refuse its tickets by name; decode computes alone."""
+    secret = tmp_path / "secret"
+    secret.write_text("the secret of another cluster")
+    secret.chmod(0o600)
+    before = {name: handoff_counts(faulty.url(name)) for name in ("prefill", "decode")}
+    prompt = random_tokens(200, "wrong secret")
+    with faulty.another_conductor(secret) as endpoint:
+        assert complete(endpoint, prompt).token_ids == expect(prompt)
+    for name, counts in before.items():
+        eventually(partial(_is_refused_once, faulty, name, counts), what=f"{name} refuses the ticket")
+        assert _fresh(faulty, name, counts, "pulls") == 0
+
+
+def _is_refused_once(faulty: FaultyFleet, name: str, before: Counter[str]) -> bool:
+    return _fresh(faulty, name, before, "tickets_refused_forged") == 1
+
+
+def _fresh(faulty: FaultyFleet, name: str, before: Counter[str], event: str) -> int:
+    return handoff_counts(faulty.url(name))[event] - before[event]
+
+
+# --- clients that leave ----------------------------------------------------------------------------
 
 
 def _request(prompt: list[int], **more: Any) -> dict[str, Any]:
@@ -130,7 +159,7 @@ def test_client_gone_while_tokens_come(faulty: FaultyFleet) -> None:
     faulty.wait_until_idle("prefill", "decode", timeout_s=20.0)
 
 
-# --- parts that stop or die --------------------------------------------------------------------------------------------
+# --- parts that stop or die ------------------------------------------------------------------------
 
 
 def test_prefill_stopped_mid_transfer_changes_no_byte_when_it_resumes(faulty: FaultyFleet, expect: Any) -> None:
@@ -191,7 +220,9 @@ def test_without_checks_wrong_bytes_change_the_tokens(faulty: FaultyFleet, expec
     faulty.start_engines("decode", decode_options={"MOONCAKE_HANDOFF_VERIFY": "false"})
     faulty.wait_for_engines("decode")
     eventually(lambda: complete(faulty.endpoint, [5, 6, 7]).status == 200, what="decode is taken back")
-    eventually(lambda: _pulls(faulty) > 0 or complete(faulty.endpoint, random_tokens(40, time.monotonic())).status != 200)
+    eventually(
+        lambda: _pulls(faulty) > 0 or complete(faulty.endpoint, random_tokens(40, time.monotonic())).status != 200
+    )
     prompt = random_tokens(500, "zeros")
     before = handoff_counts(faulty.url("decode"))
     faulty.faults.set("zero")

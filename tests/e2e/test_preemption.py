@@ -1,4 +1,4 @@
-"""Engines with too little cache: requests lose their blocks on either side while KV is handed over, and the tokens stay right."""
+"""Engines with too little cache: requests lose their blocks on either side during a hand-off; the tokens stay right."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def crowd(url: str, at_once: int) -> Iterator[None]:
 def test_prefill_loses_its_blocks_in_the_middle(faulty: FaultyFleet, expect: Any) -> None:
     """Plain requests on the prefill engine take the blocks of prefills that are being announced; those begin again.
 
-    A cache of 256 blocks, seven requests that grow to 33 to 41 each, and prompts of 57 in 20 steps and more: whenever the crowd has
-    left just enough room for a prompt to begin, it soon takes it back.
+    A cache of 256 blocks, seven requests that grow to 33 to 41 each, and prompts of 57 in 20 steps and more: whenever the
+    crowd has left just enough room for a prompt to begin, it soon takes it back.
     """
     url = faulty.url("prefill")
     before = handoff_counts(url)["prefills_preempted"]
@@ -52,7 +52,9 @@ def test_prefill_loses_its_blocks_in_the_middle(faulty: FaultyFleet, expect: Any
         while handoff_counts(url)["prefills_preempted"] == before and time.monotonic() < deadline:
             prompt = random_tokens(1800, f"preempted prefill {len(answers)}")
             answers.append((prompt, complete(faulty.endpoint, prompt, max_tokens=2).token_ids))
-    assert handoff_counts(url)["prefills_preempted"] > before, f"none of {len(answers)} was preempted: nothing is proved"
+    assert handoff_counts(url)["prefills_preempted"] > before, (
+        f"none of {len(answers)} was preempted: nothing is proved"
+    )
     assert [tokens for _, tokens in answers] == [expect(prompt, max_tokens=2) for prompt, _ in answers]
     faulty.wait_until_idle("prefill", "decode")
 
