@@ -67,15 +67,18 @@ class Body:
             drop: Names to leave out; also those that ``add`` sets anew.
             add: JSON text of further members, ``"name":value,...``, without braces; may be empty.
         """
-        fields = self.fields
-        if fields.keys().isdisjoint(drop):
+        if self.fields.keys().isdisjoint(drop):
             if not add:
                 return self.data
             kept = self.data[: self.data.rindex(b"}")]
-        else:
-            fields = {name: raw for name, raw in fields.items() if name not in drop}
-            kept = _encode(fields)[:-1]
-        return b"%b%b%b}" % (kept, b"," if add and fields else b"", add)
+            return b"%b%b%b}" % (kept, b"," if self.fields else b"", add)
+        parts: list[bytes | msgspec.Raw] = []
+        for name, raw in self.fields.items():
+            if name not in drop:
+                parts += (_COMPACT.get(name) or b",%b:" % _encode(name), raw)
+        if add:
+            parts += (b",", add)
+        return b"{%b}" % b"".join(parts)[1:]
 
 
 def parse_body(data: bytes) -> Body:
