@@ -1,4 +1,4 @@
-"""The hand-off of KV from a prefill instance to a decode instance. Both engines' connectors are thin adapters over this."""
+"""The hand-off of KV from a prefill to a decode instance. Both engines' connectors are thin adapters over this."""
 
 from mooncake_plugins.handoff._cache import BlockCache, HostCache, LayerPlace
 from mooncake_plugins.handoff._description import (

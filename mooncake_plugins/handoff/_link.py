@@ -1,4 +1,4 @@
-"""A decode instance's channel to one worker of a prefill instance: one thread that connects, listens and keeps it alive."""
+"""A decode instance's channel to one prefill worker: a thread that connects, listens and keeps it alive."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Messages of the hand-off between a decode instance (D) and a prefill instance (P).
 
 D opens a channel with role ``handoff`` to a worker of P. Several transfers share it, told apart by ``transfer``, the
-ticket's id. D's scheduler sends ``Watch`` to learn when the prefill begins; each worker of D sends ``Attach`` to the worker
-of P with its own coordinate and pulls what is announced:
+ticket's id. D's scheduler sends ``Watch`` to learn when the prefill begins; each worker of D sends ``Attach`` to the
+worker of P with its own coordinate and pulls what is announced:
 
     D                                P
     Attach            ─────────────▶ checks ticket, prompt, fingerprint
@@ -107,7 +107,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit", array_like=True):
-    """P's lease was still good after the span was read. ``checksums``: uint64[layers * blocks], little endian, layer by layer."""
+    """P's lease held after the span was read. ``checksums``: uint64[layers * blocks], little endian, layer by layer."""
 
     transfer: str
     attempt: Count

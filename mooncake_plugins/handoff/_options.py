@@ -12,8 +12,10 @@ class HandoffOptions:
     """Settings of the hand-off in one engine.
 
     Attributes:
-        transports: Names of the transports to use, in order of preference; empty: all that this host offers, by topology.
-        listen_host: Address that workers listen on; empty means loopback without a cluster secret, else the engine's own host address.
+        transports: Names of the transports to use, in order of preference; empty: all that this host offers, by
+            topology.
+        listen_host: Address that workers listen on; empty means loopback without a cluster secret, else the engine's
+            own host address.
         listen_port: Port of rank 0 (further ranks take the following ones); 0 lets the system choose.
         verify: Compare checksums of what was pulled. Off believes every byte: for measurements only.
         watch_timeout_s: How long decode waits for the prefill to begin.

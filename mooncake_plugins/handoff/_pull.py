@@ -4,11 +4,13 @@
         │                         │                                            ▲
         └───────any failure───────┴──▶ FENCING ──no read is under way any more─┘
 
-What P announces is read straight into the engine's own blocks, by this side's threads: the owner of memory writes it. A block
-counts only when, in every layer, its bytes were committed by P and their checksums match. The end is reported once: either all
-blocks are good, or the bad ones are named and were zeroed first (a stale NaN would poison whoever gets the block next).
+What P announces is read straight into the engine's own blocks, by this side's threads: the owner of memory writes it.
+A block counts only when, in every layer, its bytes were committed by P and their checksums match. The end is reported
+once: either all blocks are good, or the bad ones are named and were zeroed first (a stale NaN would poison whoever
+gets the block next).
 
-A failure never reports before the last read has stopped, so nothing is written into blocks that the engine has given away.
+A failure never reports before the last read has stopped, so nothing is written into blocks that the engine has given
+away.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class PullState(Enum):
     ENDED = auto()
 
 
-# --- events ----------------------------------------------------------------------------------------------------------
+# --- events ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class ReadDone:
-    """A ``StartRead`` has ended and no byte of it lands any more. ``checksums`` is None if it failed; ``error`` says why."""
+    """A ``StartRead`` has ended; no byte of it lands any more. Without ``checksums`` it failed, ``error`` says why."""
 
     attempt: int
     seq: int
@@ -86,7 +88,7 @@ class Tick:
 PullEvent = LinkUp | LayoutRefused | Message | ReadDone | Cancelled | Lost | Tick
 
 
-# --- actions ---------------------------------------------------------------------------------------------------------
+# --- actions ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class CancelReads:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Zero the blocks at ``bad`` (places in the sequence), then report the transfer to the engine. Comes exactly once."""
+    """Zero the blocks at ``bad`` (places in the sequence), then report the transfer to the engine. Comes once."""
 
     outcome: str
     bad: tuple[int, ...]
@@ -188,7 +190,7 @@ class PullSession:
             case Tick():
                 return self._fail("deadline") if now >= self._deadline else []
 
-    # --- messages ------------------------------------------------------------------------------------------------
+    # --- messages ----------------------------------------------------------------------------------
 
     def _message(self, message: wire.ToDecode) -> list[PullAction]:
         match message:
@@ -283,7 +285,7 @@ class PullSession:
         self._waiting.clear()
         return [CancelReads()] if self._reading else []
 
-    # --- the end -------------------------------------------------------------------------------------------------
+    # --- the end -----------------------------------------------------------------------------------
 
     def _fail(self, outcome: str) -> list[PullAction]:
         self.state, self._outcome = PullState.FENCING, outcome

@@ -1,7 +1,8 @@
 """D's side of the hand-off in a worker process: the shell around ``PullSession``.
 
-Threads: the engine's own (calls ``start``, ``cancel``, ``take_results``: none blocks), one for each link to a prefill worker, ``main``,
-which owns all state machines, and a few readers that move bytes and hash them while they are warm.
+Threads: the engine's own (calls ``start``, ``cancel``, ``take_results``: none blocks), one for each link to a prefill
+    worker, ``main``, which owns all state machines, and a few readers that move bytes and hash them while they are
+    warm.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class _Session:
     remote: CacheLayout | None = None
     jobs: dict[tuple[int, int], _ReadJob] = field(default_factory=dict)
     received_bytes: int = 0
-    # When prefill last announced something, and what had arrived by then: that much of the transfer was hidden behind it.
+    # When prefill last announced something, and what had arrived by then: that much of the transfer was hidden behind
+    # it.
     announced_at: float = 0.0
     hidden_bytes: int = 0
     transport: str = ""
@@ -74,7 +76,9 @@ class _ReadJob:
             if self._batch is not None:
                 self._batch.cancel()
 
-    def transfer(self, engine: TransferEngine, peer: Peer, local: Int64Array, remote: Int64Array, lengths: Int64Array) -> None:
+    def transfer(
+        self, engine: TransferEngine, peer: Peer, local: Int64Array, remote: Int64Array, lengths: Int64Array
+    ) -> None:
         """Read ranges; returns when they are here, raises when nothing of them can land any more."""
         left = self.deadline - time.monotonic()
         with self._lock:
@@ -84,7 +88,8 @@ class _ReadJob:
         # The engine ends the batch at its deadline; the grace only covers its fencing.
         status = self._batch.wait(left + _FENCE_GRACE_S)
         while status is BatchStatus.PENDING:
-            # To report now would give the engine memory that may still be written. Blocks that stay away are the lesser evil.
+            # To report now would give the engine memory that may still be written. Blocks that stay away are the
+            # lesser evil.
             log.error("a read does not end transfer=%s; its blocks are not reported", self.session.request.transfer)
             status = self._batch.wait(_FENCE_GRACE_S)
         if status is not BatchStatus.DONE:
@@ -100,7 +105,8 @@ class PullService:
         identity: Who this worker is.
         options: Timeouts, reader threads.
 
-    ``start``, ``cancel``, ``take_results`` never block and may come from any thread. Owns its threads; ``close`` ends them.
+    ``start``, ``cancel``, ``take_results`` never block and may come from any thread. Owns its threads; ``close`` ends
+    them.
     """
 
     def __init__(
@@ -114,7 +120,8 @@ class PullService:
         self._links: dict[str, Link] = {}
         self._up: set[Link] = set()
         self._peers: dict[Link, Peer] = {}
-        # What prefill must hear as soon as a link that is still opening is up: else it holds blocks for nobody until its lease ends.
+        # What prefill must hear as soon as a link that is still opening is up: else it holds blocks for nobody until
+        # its lease ends.
         self._farewells: dict[Link, list[wire.ToPrefill]] = {}
         self._results: list[PullResult] = []
         self._lock = threading.Lock()
@@ -123,12 +130,13 @@ class PullService:
         self._is_closing = False
         self._threads = [threading.Thread(target=self._main, name="mooncake-pull", daemon=True)]
         self._threads += [
-            threading.Thread(target=self._reader, name=f"mooncake-reader-{i}", daemon=True) for i in range(options.readers)
+            threading.Thread(target=self._reader, name=f"mooncake-reader-{i}", daemon=True)
+            for i in range(options.readers)
         ]
         for thread in self._threads:
             thread.start()
 
-    # --- the engine's thread ---------------------------------------------------------------------------------------
+    # --- the engine's thread -----------------------------------------------------------------------
 
     def start(self, requests: Iterable[PullRequest]) -> None:
         """Begin to pull. Each request gets exactly one result."""
@@ -180,7 +188,7 @@ class PullService:
         for _ in range(self._options.readers):
             self._jobs.put(None)
 
-    # --- links -----------------------------------------------------------------------------------------------------
+    # --- links -------------------------------------------------------------------------------------
 
     def link_up(self, link: Link) -> None:
         peer = self._engine.open(link.address, timeout_s=_CONNECT_TIMEOUT_S)
@@ -216,7 +224,7 @@ class PullService:
                 self._dispatch(session.request.request_id, machine.Lost(reason))
         self._peers.pop(link, None)
 
-    # --- the main thread -------------------------------------------------------------------------------------------
+    # --- the main thread ---------------------------------------------------------------------------
 
     def _main(self) -> None:
         next_tick = time.monotonic()
@@ -353,10 +361,11 @@ class PullService:
         if action.outcome not in (machine.OK, "cancelled"):
             log.warning(
                 "hand-off failed request=%s transfer=%s: %s; %d of %d blocks are recomputed",
-                session.request.request_id, session.request.transfer, action.outcome, len(action.bad), len(session.request.block_ids),
+                session.request.request_id, session.request.transfer, action.outcome, len(action.bad),
+                len(session.request.block_ids),
             )  # fmt: skip
 
-    # --- the readers -----------------------------------------------------------------------------------------------
+    # --- the readers -------------------------------------------------------------------------------
 
     def _reader(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -387,7 +396,7 @@ class PullService:
         return np.concatenate(sums)
 
     def _pieces(self, span: Span) -> Iterator[tuple[int, int, int, int]]:
-        """Cut a span into ``(layer0, layer1, first, last)`` with at most ``read_bytes`` each, in the order of its checksums."""
+        """Cut a span into ``(layer0, layer1, first, last)`` of at most ``read_bytes``, in the order of its checksums."""
         layout, count = self._cache.layout, len(span.block_ids)
         layer_bytes = int(layout.block_bytes.max()) * count
         layers_a_piece = max(1, self._options.read_bytes // layer_bytes)

@@ -5,16 +5,17 @@
         └──────Preempted──────┘  └──PrefillEnded(not ok)──────────────────────────────────┘
 
 What the engine computes is announced to the one decode worker that attached, as rectangles (layers x blocks).
-``ready[l]`` counts the blocks of the sequence whose KV layer ``l`` has; ``announced[l]`` how many of them were announced.
-Whoever attaches late is caught up by the same rule: the difference is announced. Blocks out of the engine's prefix cache
-become ready layer by layer with what the first step computes, and not before: an engine counts a block as cached as soon
-as a request that will compute it is scheduled, so it may be filled by another request in the very step that begins now.
+``ready[l]`` counts the blocks of the sequence whose KV layer ``l`` has; ``announced[l]`` how many of them were
+announced. Whoever attaches late is caught up by the same rule: the difference is announced. Blocks out of the engine's
+prefix cache become ready layer by layer with what the first step computes, and not before: an engine counts a block as
+cached as soon as a request that will compute it is scheduled, so it may be filled by another request in the very step
+that begins now.
 
-A span's checksums are sent (``Commit``) only while the blocks still belong to the request, after they were hashed, which was
-after D had read them. So a commit proves that D read the right bytes; data without a commit proves nothing.
+A span's checksums are sent (``Commit``) only while the blocks still belong to the request, after they were hashed,
+which was after D had read them. So a commit proves that D read the right bytes; data without a commit proves nothing.
 
-The blocks are given back (``FreeBlocks``) exactly once, and only after the engine said ``PrefillEnded(ok)``: until then the
-engine itself holds them.
+The blocks are given back (``FreeBlocks``) exactly once, and only after the engine said ``PrefillEnded(ok)``: until
+then the engine itself holds them.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from mooncake_plugins.handoff import _messages as wire
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
 
-# Blocks (of one layer each) in a span. Spans are read, hashed and committed one after the other, so smaller ones overlap
-# better; and a commit of any number of blocks must fit in a frame.
+# Blocks (of one layer each) in a span. Spans are read, hashed and committed one after the other, so smaller ones
+# overlap better; and a commit of any number of blocks must fit in a frame.
 _SPAN_CELLS = 512
 
 
@@ -45,12 +46,12 @@ class SourceState(Enum):
     ENDED = auto()
 
 
-# --- events ----------------------------------------------------------------------------------------------------------
+# --- events ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """The engine runs the first chunk of an attempt. None of the blocks is known to be computed, cached ones neither."""
+    """The engine runs the first chunk of an attempt. No block is known to be computed yet, not even cached ones."""
 
     prompt: bytes
     tokens: int
@@ -142,11 +143,22 @@ class Tick:
 
 
 SourceEvent = (
-    Scheduled | Extended | Computed | Preempted | PrefillEnded | Watched | Attached | Fetched | Hashed | Released | LinkLost | Tick
+    Scheduled
+    | Extended
+    | Computed
+    | Preempted
+    | PrefillEnded
+    | Watched
+    | Attached
+    | Fetched
+    | Hashed
+    | Released
+    | LinkLost
+    | Tick
 )
 
 
-# --- actions ---------------------------------------------------------------------------------------------------------
+# --- actions ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +277,7 @@ class PrefillSource:
             case Tick():
                 return self._tick(now)
 
-    # --- the engine ----------------------------------------------------------------------------------------------
+    # --- the engine --------------------------------------------------------------------------------
 
     def _scheduled(self, event: Scheduled) -> list[SourceAction]:
         self.state = SourceState.ACTIVE
@@ -306,7 +318,7 @@ class PrefillSource:
         self._lease_until = now + self._lease_s
         return self._end("done", free=True) if self._consumer_done else []
 
-    # --- the consumer --------------------------------------------------------------------------------------------
+    # --- the consumer ------------------------------------------------------------------------------
 
     def _watched(self, event: Watched) -> list[SourceAction]:
         self._watchers[event.link] = (event.prompt, event.tokens)
@@ -321,7 +333,9 @@ class PrefillSource:
 
     def _attached(self, event: Attached) -> list[SourceAction]:
         if self._had_puller:
-            return [Tell(event.link, wire.Refused(self.transfer, "reused", "a worker has attached with this ticket before"))]
+            return [
+                Tell(event.link, wire.Refused(self.transfer, "reused", "a worker has attached with this ticket before"))
+            ]
         self._puller, self._puller_prompt = event.link, (event.prompt, event.tokens)
         # Whoever watched may have left before the worker came; the worker counts.
         self._had_puller, self._consumer_done = True, False
@@ -339,7 +353,9 @@ class PrefillSource:
 
     def _other_prompt(self, tokens: int) -> wire.Refused:
         here = self._prompt[1] if self._prompt else 0
-        return wire.Refused(self.transfer, "prompt", f"decode has another prompt ({tokens} tokens) than prefill ({here} tokens)")
+        return wire.Refused(
+            self.transfer, "prompt", f"decode has another prompt ({tokens} tokens) than prefill ({here} tokens)"
+        )
 
     def _fetched(self, event: Fetched) -> list[SourceAction]:
         if event.link != self._puller or event.attempt != self.attempt or event.seq not in self._spans:
@@ -393,7 +409,7 @@ class PrefillSource:
         place = (span.layer0, span.layer1, span.block0, list(span.block_ids))
         return Tell(link, wire.Ready(self.transfer, self.attempt, span.seq, *place))
 
-    # --- the end -------------------------------------------------------------------------------------------------
+    # --- the end -----------------------------------------------------------------------------------
 
     def _tick(self, now: float) -> list[SourceAction]:
         if self.state is SourceState.HELD and now >= self._lease_until:

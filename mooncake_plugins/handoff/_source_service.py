@@ -1,11 +1,12 @@
 """P's side of the hand-off in a worker process: the shell around ``PrefillSource``.
 
-Three kinds of threads: the engine's own (calls ``begin_step``, ``layer_computed``, ``end_step``, ``take_finished``: none blocks), one
-for each channel that a decode instance opened (reads messages), and the two of this service: ``main`` owns all state machines
-and sends, ``hash`` hashes spans. They talk through queues.
+Three kinds of threads: the engine's own (calls ``begin_step``, ``layer_computed``, ``end_step``, ``take_finished``: none
+blocks), one for each channel that a decode instance opened (reads messages), and the two of this service: ``main`` owns
+all state machines and sends, ``hash`` hashes spans. They talk through queues.
 
-One thing is shared with a lock: which attempts are void. The engine thread sets it before it overwrites blocks; ``main`` looks
-at it after a span was hashed and before its commit is sent. So no commit vouches for bytes that were overwritten.
+One thing is shared with a lock: which attempts are void. The engine thread sets it before it overwrites blocks;
+``main`` looks at it after a span was hashed and before its commit is sent. So no commit vouches for bytes that were
+overwritten.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class SourceService:
             thread.start()
         engine.add_role(wire.HANDOFF_ROLE, self._serve_channel, message_type=wire.ToPrefill)
 
-    # --- the engine's thread ---------------------------------------------------------------------------------------
+    # --- the engine's thread -----------------------------------------------------------------------
 
     def begin_step(self, step: HandoffStep) -> None:
         """Take what the scheduler decided, before the forward may overwrite blocks. Never blocks."""
@@ -141,7 +142,7 @@ class SourceService:
         for thread in self._threads:
             thread.join(timeout=5.0)
 
-    # --- channels --------------------------------------------------------------------------------------------------
+    # --- channels ----------------------------------------------------------------------------------
 
     def _serve_channel(self, channel: Channel) -> None:
         """Read one decode instance's messages until it leaves or falls silent."""
@@ -166,7 +167,7 @@ class SourceService:
             log.warning("cannot tell decode link=%s: %s", link, error)
             channel.close()
 
-    # --- the main thread -------------------------------------------------------------------------------------------
+    # --- the main thread ---------------------------------------------------------------------------
 
     def _main(self) -> None:
         next_tick = time.monotonic()
@@ -254,7 +255,10 @@ class SourceService:
         try:
             ticket = verify_ticket(message.ticket, self._key, now)
             if ticket.prefill != self._identity.instance:
-                return "instance", f"the ticket is for prefill instance {ticket.prefill}, this is {self._identity.instance}"
+                return (
+                    "instance",
+                    f"the ticket is for prefill instance {ticket.prefill}, this is {self._identity.instance}",
+                )
             if ticket.id != message.transfer:
                 return "malformed", "the ticket names another transfer"
             self._books[type(message)].use(ticket, now)
@@ -262,7 +266,9 @@ class SourceService:
             return error.reason, str(error)
         differences = fingerprint_differences(message.fingerprint, self._identity.fingerprint)
         if differences:
-            listed = "; ".join(f"{name} is {d!r} on decode and {p!r} on prefill" for name, (d, p) in differences.items())
+            listed = "; ".join(
+                f"{name} is {d!r} on decode and {p!r} on prefill" for name, (d, p) in differences.items()
+            )
             return "fingerprint", listed
         if isinstance(message, wire.Attach) and message.coordinate != str(self._identity.coordinate):
             return "coordinate", f"this worker is {self._identity.coordinate}, asked for {message.coordinate}"
@@ -289,7 +295,7 @@ class SourceService:
         for transfer in list(self._sources):
             self._dispatch(transfer, machine.LinkLost(link))
 
-    # --- performing what the machines decide -------------------------------------------------------------------------
+    # --- performing what the machines decide -------------------------------------------------------
 
     def _dispatch(self, transfer: str, event: machine.SourceEvent) -> None:
         source = self._sources.get(transfer)
@@ -347,7 +353,7 @@ class SourceService:
         if len(self._ended) > _ENDED:
             del self._ended[next(iter(self._ended))]
 
-    # --- the hash thread -------------------------------------------------------------------------------------------
+    # --- the hash thread ---------------------------------------------------------------------------
 
     def _hash(self) -> None:
         while (job := self._hash_jobs.get()) is not None:

@@ -1,8 +1,9 @@
-"""The ticket: the Conductor's signed permission for one decode instance to pull one request's KV from one prefill instance.
+"""The ticket: the Conductor's signed permission for one decode instance to pull one request's KV from one prefill
+instance.
 
-Text form: ``v1.<payload>.<mac>``, both parts URL-safe base64 without padding; the payload is a msgpack array, the MAC is
-HMAC-SHA256 under the cluster secret over everything before it. Addresses are inside, so nobody but the Conductor decides
-where an engine connects to.
+Text form: ``v1.<payload>.<mac>``, both parts URL-safe base64 without padding; the payload is a msgpack array, the MAC
+is HMAC-SHA256 under the cluster secret over everything before it. Addresses are inside, so nobody but the Conductor
+decides where an engine connects to.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class WatchSession:
     detail: str = ""
 
     def answered(self, message: wire.ToDecode) -> None:
-        """Take a message of P about this transfer. Once READY, only a withdrawal changes anything: the pull itself finds out the rest."""
+        """Take a message of P about this transfer. Once READY, only a withdrawal or refusal changes anything."""
         match message:
             case wire.Scheduled() if self.state is WatchState.ASKING:
                 self.state = WatchState.READY

@@ -40,7 +40,8 @@ class WatchService:
         self._lock = threading.Lock()
         self._sessions: dict[str, tuple[WatchSession, Link]] = {}
         self._requests: dict[str, wire.Watch] = {}
-        # What prefill must hear as soon as a link that is still opening is up: else it holds blocks for nobody until its lease ends.
+        # What prefill must hear as soon as a link that is still opening is up: else it holds blocks for nobody until
+        # its lease ends.
         self._farewells: dict[Link, list[wire.ToPrefill]] = {}
         self._links: dict[str, Link] = {}
         self._up: set[Link] = set()
@@ -71,7 +72,7 @@ class WatchService:
             return entry[0].state
 
     def end(self, transfer: str, *, release: str = "") -> WatchSession | None:
-        """Forget a transfer; with ``release`` (a reason) prefill is told that nobody will pull it, once it can be reached."""
+        """Forget a transfer; with ``release`` (a reason) prefill hears that nobody will pull it, once it can be reached."""
         with self._lock:
             entry = self._sessions.pop(transfer, None)
             request = self._requests.pop(transfer, None)
@@ -92,7 +93,7 @@ class WatchService:
         for link in links:
             link.close()
 
-    # --- called by the links' threads ------------------------------------------------------------------------------
+    # --- called by the links' threads --------------------------------------------------------------
 
     def link_up(self, link: Link) -> None:
         with self._lock:

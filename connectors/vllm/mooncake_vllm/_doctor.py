@@ -19,7 +19,9 @@ def check_vllm() -> Iterator[CheckResult]:
     build = "CPU build" if found.is_cpu else "GPU build"
     if found.is_too_old:
         oldest = ".".join(map(str, OLDEST))
-        yield CheckResult("vllm", CheckStatus.FAIL, f"{found.version} ({build}) is too old", f"upgrade to {oldest} or newer")
+        yield CheckResult(
+            "vllm", CheckStatus.FAIL, f"{found.version} ({build}) is too old", f"upgrade to {oldest} or newer"
+        )
         return
     yield CheckResult("vllm", CheckStatus.OK, f"{found.version} ({build})")
     yield _entry_point()
@@ -32,5 +34,9 @@ def _entry_point() -> CheckResult:
         return CheckResult("vllm plugin", CheckStatus.FAIL, "vLLM will not find the connector", remedy)
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "mooncake" not in allowed.split(","):
-        return CheckResult("vllm plugin", CheckStatus.FAIL, f"VLLM_PLUGINS={allowed} leaves it out", "add mooncake to it, or unset it")
-    return CheckResult("vllm plugin", CheckStatus.OK, "vLLM loads the connector: vllm serve MODEL --kv-connector mooncake")
+        return CheckResult(
+            "vllm plugin", CheckStatus.FAIL, f"VLLM_PLUGINS={allowed} leaves it out", "add mooncake to it, or unset it"
+        )
+    return CheckResult(
+        "vllm plugin", CheckStatus.OK, "vLLM loads the connector: vllm serve MODEL --kv-connector mooncake"
+    )

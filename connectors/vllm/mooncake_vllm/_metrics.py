@@ -1,7 +1,7 @@
 """The hand-off's counters in vLLM's own logs and ``/metrics``.
 
-``mooncake_handoff_events_total{event=...}`` counts everything by name; two histograms tell how long pulls take, and how much of
-that was not hidden behind the prefill.
+``mooncake_handoff_events_total{event=...}`` counts everything by name; two histograms tell how long pulls take, and
+how much of that was not hidden behind the prefill.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class HandoffPromMetrics(KVConnectorPromMetrics):
         )
         self._exposed = self._histogram_cls(
             name="mooncake_handoff_exposed_seconds",
-            documentation="From prefill's last announcement to a pull's report: what the transfer added to the prefill.",
+            documentation="From prefill's last announcement to a pull's report: what the transfer added.",
             buckets=_BUCKETS_S,
             labelnames=labelnames,
         )

@@ -26,7 +26,7 @@ class PrefillRequest:
 
 
 class DecodePhase(Enum):
-    """NEW → ASKING (prefill has not begun) → LOADING (blocks are allocated, workers pull) → LOADED; LOCAL: computed here."""
+    """NEW → ASKING (prefill has not begun) → LOADING (blocks allocated, workers pull) → LOADED; LOCAL: computed here."""
 
     NEW = auto()
     ASKING = auto()
@@ -40,7 +40,8 @@ class DecodeRequest:
     """A request whose KV is pulled from another instance.
 
     Attributes:
-        owner: With ``n > 1`` the engine makes one request an answer, all with one ticket. The first pulls; this names it for the
+        owner: With ``n > 1`` the engine makes one request an answer, all with one ticket. The first pulls; this names
+            it for the
             others, which wait for it and then find its blocks in the prefix cache.
     """
 

@@ -1,4 +1,7 @@
-"""The scheduler side of the connector. Runs in the engine core's thread: nothing here waits, and nothing a client sends may raise."""
+"""The scheduler side of the connector.
+
+Runs in the engine core's thread: nothing here waits, and nothing a client sends may raise.
+"""
 
 from __future__ import annotations
 
@@ -103,10 +106,10 @@ class SchedulerSide:
         stream, agreed = dial(address, HANDOFF_ROLE, self._identity, self._settings.secret, deadline)
         return Channel(stream, agreed, ToDecode)
 
-    # --- a request arrives -----------------------------------------------------------------------------------------
+    # --- a request arrives -------------------------------------------------------------------------
 
     def on_new_request(self, request: Request) -> None:
-        """Read the request's hand-off fields. Whatever they hold: a request is at worst computed as if they were absent."""
+        """Read the request's hand-off fields. Whatever they hold, it is at worst computed as if they were absent."""
         raw = request.kv_transfer_params
         if not isinstance(raw, dict) or PARAMS_KEY not in raw:
             return
@@ -123,7 +126,9 @@ class SchedulerSide:
             self._describes.add(request.request_id)
             return
         if self._settings.role not in (params.role, "both"):
-            self._refuse(request, "role", f"asked for {params.role}, this instance was started as {self._settings.role}")
+            self._refuse(
+                request, "role", f"asked for {params.role}, this instance was started as {self._settings.role}"
+            )
             return
         if request.prompt_token_ids is None or request.prompt_embeds is not None:
             self._refuse(request, "embeds", "prompts given as embeddings cannot be handed over")
@@ -136,7 +141,9 @@ class SchedulerSide:
 
     def _take_prefill(self, request: Request, ticket: Ticket) -> None:
         if ticket.prefill != self._settings.instance:
-            raise TicketError("instance", f"it is for prefill instance {ticket.prefill}, this is {self._settings.instance}")
+            raise TicketError(
+                "instance", f"it is for prefill instance {ticket.prefill}, this is {self._settings.instance}"
+            )
         if request.max_tokens != 1:
             raise TicketError("max_tokens", "the prefill leg of a request computes exactly one token")
         self._books["prefill"].use(ticket, time.time())
@@ -160,7 +167,7 @@ class SchedulerSide:
         self.counters[f"tickets_refused_{reason}"] += 1
         log.warning("hand-off refused request=%s reason=%s: %s", request.request_id, reason, detail)
 
-    # --- decode: what can be loaded --------------------------------------------------------------------------------
+    # --- decode: what can be loaded ----------------------------------------------------------------
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Say how many tokens come from prefill; ``None``: ask again, no blocks are needed yet."""
@@ -244,7 +251,7 @@ class SchedulerSide:
             if entry is not None and entry.phase is DecodePhase.LOADING:
                 entry.phase = DecodePhase.LOADED
 
-    # --- every step ------------------------------------------------------------------------------------------------
+    # --- every step --------------------------------------------------------------------------------
 
     def build_connector_meta(self, output: SchedulerOutput) -> StepMetadata:
         """Collect what the workers have to know of this step."""
@@ -294,10 +301,10 @@ class SchedulerSide:
             )
         )
 
-    # --- a request ends --------------------------------------------------------------------------------------------
+    # --- a request ends ----------------------------------------------------------------------------
 
     def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
-        """Say whether the engine must keep the blocks (prefill that was not pulled yet), and what the answer carries."""
+        """Say whether the engine must keep the blocks (prefill not pulled yet), and what the answer carries."""
         request_id = request.request_id
         if request_id in self._describes:
             self._describes.discard(request_id)

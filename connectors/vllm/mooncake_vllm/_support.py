@@ -1,7 +1,7 @@
 """What this connector cannot work with, said before anything is started.
 
-An exception inside a worker leaves vLLM hanging, so the check runs in the front end, when the engine's configuration is made; the
-connector checks again for itself.
+An exception inside a worker leaves vLLM hanging, so the check runs in the front end, when the engine's configuration
+is made; the connector checks again for itself.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ def check_supported(config: VllmConfig) -> None:
     """
     parallel, model = config.parallel_config, config.model_config
     transfer = config.kv_transfer_config
+    spread = "blocks would be spread over ranks in a way this connector does not know"
     rows: list[tuple[bool, str, object, str]] = [
         (parallel.data_parallel_size > 1, "--data-parallel-size", parallel.data_parallel_size,
          "start that many engines instead; the Conductor balances them"),
-        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size", parallel.decode_context_parallel_size,
-         "blocks would be spread over ranks in a way this connector does not know"),
-        (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size", parallel.prefill_context_parallel_size,
-         "blocks would be spread over ranks in a way this connector does not know"),
+        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size",
+         parallel.decode_context_parallel_size, spread),
+        (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size",
+         parallel.prefill_context_parallel_size, spread),
         (config.speculative_config is not None, "--speculative-config", "set",
          "draft KV is not handed over; leave it out"),
-        (model.is_encoder_decoder, "model", model.model, "encoder-decoder models have KV that is not paged by prompt tokens"),
+        (model.is_encoder_decoder, "model", model.model,
+         "encoder-decoder models have KV that is not paged by prompt tokens"),
         (model.runner_type == "pooling", "--runner", "pooling", "only generating models have a decode stage"),
         (bool(transfer is not None and transfer.enable_permute_local_kv), "enable_permute_local_kv", True,
          "both sides must keep the same layout"),

@@ -1,4 +1,4 @@
-"""The worker side of the connector: the engine's cache registered with a Transfer Engine, and the two services of the hand-off."""
+"""The worker side of the connector: the engine's cache in a Transfer Engine, and the services of the hand-off."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How long a step without tokens waits for a transfer to end. Without it the engine core would spin through empty steps and take
-# the CPU from those who move the bytes; a new request waits at most this long.
+# How long a step without tokens waits for a transfer to end. Without it the engine core would spin through empty steps
+# and take the CPU from those who move the bytes; a new request waits at most this long.
 _IDLE_WAIT_S = 0.002
 
 
@@ -52,7 +52,7 @@ class WorkerSide:
         self._reported: Counter[str] = Counter()
         self._durations: list[tuple[float, float]] = []
 
-    # --- start and end ---------------------------------------------------------------------------------------------
+    # --- start and end -----------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Register the engine's cache and begin to listen."""
@@ -98,7 +98,7 @@ class WorkerSide:
                 service.close()
         self._pull = self._source = self._engine = None
 
-    # --- every step ------------------------------------------------------------------------------------------------
+    # --- every step --------------------------------------------------------------------------------
 
     def begin_step(self, metadata: StepMetadata) -> None:
         """Before the forward: blocks that the engine took away are not vouched for any more."""
@@ -176,9 +176,13 @@ def cache_places(kv_caches: dict[str, torch.Tensor]) -> tuple[list[np.ndarray], 
     places = []
     for name, tensor in kv_caches.items():
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
-            raise ConfigError(f"kv cache of {name}", getattr(tensor, "device", type(tensor)), "only host memory can be handed over")
+            raise ConfigError(
+                f"kv cache of {name}", getattr(tensor, "device", type(tensor)), "only host memory can be handed over"
+            )
         if not tensor[0].is_contiguous():
-            raise ConfigError(f"kv cache of {name}", tuple(tensor.stride()), "each block must be one contiguous run of bytes")
+            raise ConfigError(
+                f"kv cache of {name}", tuple(tensor.stride()), "each block must be one contiguous run of bytes"
+            )
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in by_pointer:
             by_pointer[storage.data_ptr()] = len(storages)

@@ -47,7 +47,7 @@ class MooncakePluginsConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self._worker = WorkerSide(vllm_config, settings)
 
-    # --- scheduler side --------------------------------------------------------------------------------------------
+    # --- scheduler side ----------------------------------------------------------------------------
 
     @property
     def _sched(self) -> SchedulerSide:
@@ -85,7 +85,7 @@ class MooncakePluginsConnector(KVConnectorBase_V1, SupportsHMA):
     def take_events(self) -> Iterable[KVCacheEvent]:
         return ()
 
-    # --- worker side -----------------------------------------------------------------------------------------------
+    # --- worker side -------------------------------------------------------------------------------
 
     @property
     def _work(self) -> WorkerSide:
@@ -126,7 +126,7 @@ class MooncakePluginsConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._work.take_bad_blocks()
 
-    # --- both ------------------------------------------------------------------------------------------------------
+    # --- both --------------------------------------------------------------------------------------
 
     def shutdown(self) -> None:
         for side in (self._scheduler, self._worker):
