@@ -396,7 +396,7 @@ class PullService:
         return np.concatenate(sums)
 
     def _pieces(self, span: Span) -> Iterator[tuple[int, int, int, int]]:
-        """Cut a span into ``(layer0, layer1, first, last)`` of at most ``read_bytes``, in the order of its checksums."""
+        """Cut a span into ``(layer0, layer1, first, last)`` of at most ``read_bytes``, in its checksums' order."""
         layout, count = self._cache.layout, len(span.block_ids)
         layer_bytes = int(layout.block_bytes.max()) * count
         layers_a_piece = max(1, self._options.read_bytes // layer_bytes)

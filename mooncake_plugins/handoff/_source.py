@@ -20,6 +20,7 @@ then the engine itself holds them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -394,7 +395,7 @@ class PrefillSource:
         pairs = np.stack([self._announced, self._ready], axis=1)
         cuts = np.flatnonzero((pairs[1:] != pairs[:-1]).any(axis=1)) + 1
         edges = [0, *cuts.tolist(), len(pairs)]
-        for layer0, layer1 in zip(edges, edges[1:], strict=False):
+        for layer0, layer1 in itertools.pairwise(edges):
             block0, block1 = pairs[layer0].tolist()
             if block0 < block1:
                 yield layer0, layer1, block0, block1

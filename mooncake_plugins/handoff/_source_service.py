@@ -1,7 +1,7 @@
 """P's side of the hand-off in a worker process: the shell around ``PrefillSource``.
 
-Three kinds of threads: the engine's own (calls ``begin_step``, ``layer_computed``, ``end_step``, ``take_finished``: none
-blocks), one for each channel that a decode instance opened (reads messages), and the two of this service: ``main`` owns
+Three kinds of threads: the engine's own (calls ``begin_step``, ``layer_computed``, ``end_step``, ``take_finished``:
+none blocks), one for each channel that a decode instance opened (reads messages), and the two of this service: ``main`` owns
 all state machines and sends, ``hash`` hashes spans. They talk through queues.
 
 One thing is shared with a lock: which attempts are void. The engine thread sets it before it overwrites blocks;

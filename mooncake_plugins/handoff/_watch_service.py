@@ -72,7 +72,7 @@ class WatchService:
             return entry[0].state
 
     def end(self, transfer: str, *, release: str = "") -> WatchSession | None:
-        """Forget a transfer; with ``release`` (a reason) prefill hears that nobody will pull it, once it can be reached."""
+        """Forget a transfer; with ``release`` (a reason) prefill hears of it once it can be reached."""
         with self._lock:
             entry = self._sessions.pop(transfer, None)
             request = self._requests.pop(transfer, None)

@@ -18,6 +18,8 @@ _BUCKETS_S = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 class HandoffStats(KVConnectorStats):
     """Counts and pull durations of an interval: ``{"counts": {event: n}, "durations": [(s, exposed s), ...]}``."""
 
+    data: dict[str, Any]
+
     @classmethod
     def of(cls, counts: Mapping[str, int], durations: Sequence[tuple[float, float]]) -> HandoffStats:
         return cls(data={"counts": dict(counts), "durations": list(durations)})

@@ -26,7 +26,7 @@ class PrefillRequest:
 
 
 class DecodePhase(Enum):
-    """NEW → ASKING (prefill has not begun) → LOADING (blocks allocated, workers pull) → LOADED; LOCAL: computed here."""
+    """NEW → ASKING (prefill has not begun) → LOADING (workers pull) → LOADED; LOCAL: computed here."""
 
     NEW = auto()
     ASKING = auto()

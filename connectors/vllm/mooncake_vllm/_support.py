@@ -92,4 +92,4 @@ def install_check() -> None:
         return config
 
     setattr(create_engine_config, _MARK, True)
-    EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
+    EngineArgs.create_engine_config = create_engine_config

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 log = logging.getLogger(__name__)
+
+UInt8Array = npt.NDArray[np.uint8]
 
 # How long a step without tokens waits for a transfer to end. Without it the engine core would spin through empty steps
 # and take the CPU from those who move the bytes; a new request waits at most this long.
@@ -159,7 +162,7 @@ class WorkerSide:
         return durations
 
 
-def cache_places(kv_caches: dict[str, torch.Tensor]) -> tuple[list[np.ndarray], list[LayerPlace], int]:  # type: ignore[type-arg]
+def cache_places(kv_caches: dict[str, torch.Tensor]) -> tuple[list[UInt8Array], list[LayerPlace], int]:
     """Find each layer's blocks in memory.
 
     Args:
@@ -171,7 +174,7 @@ def cache_places(kv_caches: dict[str, torch.Tensor]) -> tuple[list[np.ndarray], 
     Raises:
         ConfigError: The cache is not in host memory, or blocks are not contiguous.
     """
-    storages: list[np.ndarray] = []  # type: ignore[type-arg]
+    storages: list[UInt8Array] = []
     by_pointer: dict[int, int] = {}
     places = []
     for name, tensor in kv_caches.items():
