@@ -29,9 +29,9 @@
     ├── LaunchError                   a part cannot be started, or died
     └── ConductorError
 
-Third-party exceptions are mapped where they are caught, with ``raise ... from``. A miss is a return value, never an error.
-Attributes carry the facts; ``str()`` is one sentence that a person can act on. ``retryable`` says whether the same call may
-succeed later without a change on this side.
+Third-party exceptions are mapped where they are caught, with ``raise ... from``. A miss is a return value, never an
+error. Attributes carry the facts; ``str()`` is one sentence that a person can act on. ``retryable`` says whether the same
+call may succeed later without a change on this side.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ class LocalUsageError(TransferError):
 class OutOfBoundsError(LocalUsageError):
     """A range is not inside registered memory; ``index`` is the first offending entry."""
 
-    def __init__(self, side: str, index: int, offset: int, length: int, why: str = "is not inside a registered region") -> None:
+    def __init__(
+        self, side: str, index: int, offset: int, length: int, why: str = "is not inside a registered region"
+    ) -> None:
         self.side, self.index, self.offset, self.length = side, index, offset, length
         super().__init__(f"{side} range {index} (offset {offset}, {length} bytes) {why}")
 

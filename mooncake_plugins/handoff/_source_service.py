@@ -1,8 +1,8 @@
 """P's side of the hand-off in a worker process: the shell around ``PrefillSource``.
 
 Three kinds of threads: the engine's own (calls ``begin_step``, ``layer_computed``, ``end_step``, ``take_finished``:
-none blocks), one for each channel that a decode instance opened (reads messages), and the two of this service: ``main`` owns
-all state machines and sends, ``hash`` hashes spans. They talk through queues.
+none blocks), one for each channel that a decode instance opened (reads messages), and the two of this service: ``main``
+owns all state machines and sends, ``hash`` hashes spans. They talk through queues.
 
 One thing is shared with a lock: which attempts are void. The engine thread sets it before it overwrites blocks;
 ``main`` looks at it after a span was hashed and before its commit is sent. So no commit vouches for bytes that were
