@@ -129,8 +129,15 @@ def _key(path: Path | None) -> bytes:
 
 async def _main(config: ConductorConfig) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def end() -> None:
+        stop.set()
+        for number in signals:  # a second one does not wait for requests in flight
+            loop.remove_signal_handler(number)
+
+    for number in signals:
+        loop.add_signal_handler(number, end)
     await serve(config, stop, _say)
 
 

@@ -121,3 +121,18 @@ async def test_a_client_that_never_reads_is_dropped() -> None:
         client.ask(completion(stream=True))
         await gone.wait()
         await until(cluster.is_quiet)
+
+
+@scenario
+async def test_the_end_of_an_answer_reaches_a_slow_client_that_closes() -> None:
+    (d,) = engines(1, "d")
+    body = b"x" * 8_000_000
+
+    async def big(connection: Connection, received: Received) -> None:
+        connection.plain(body)
+
+    d.behave = big
+    async with Cluster(coupled=[d]) as cluster, cluster.client() as client:
+        client.ask(completion(), headers="connection: close\r\n")
+        await asyncio.sleep(2.5)  # longer than a connection lingers after an error
+        assert (await client.answer()).body == body

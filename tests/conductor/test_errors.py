@@ -8,7 +8,7 @@ import pytest
 from conductor_cluster import Cluster, completion, scenario, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulated_engine import PLAIN, SimulatedEngine
+from simulated_engine import EVENTS, PLAIN, SimulatedEngine
 
 BODY = json.dumps(completion()).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -239,7 +239,23 @@ async def test_old_clients_and_clients_that_close() -> None:
             answer = await client.answer()
             assert (answer.body, answer.headers["connection"]) == (PLAIN, "close")
             assert await client.closed()
-        assert engine.seen[-1].version == "1.0"
+            assert engine.seen[-1].version == "1.0"
+        body = json.dumps(completion(stream=True)).encode()
+        async with cluster.client() as client:  # the engine answers in chunks all the same
+            client.send(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+            answer = await client.answer()
+            assert answer.body == b"".join(EVENTS) and "transfer-encoding" not in answer.headers
+            assert answer.headers["content-type"].startswith("text/event-stream")
+
+
+@scenario
+async def test_head_requests_have_no_body_and_targets_may_name_the_host() -> None:
+    async with Cluster(coupled=[SimulatedEngine()]) as cluster, cluster.client() as client:
+        for path in (b"/health", b"/nothing"):
+            client.send(b"HEAD %b HTTP/1.1\r\nhost: x\r\n\r\n" % path)
+            assert (await client.read()).endswith(b"\r\n\r\n")
+        client.send(b"GET http://x/health?a HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await client.answer()).status == 200
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -62,7 +62,7 @@ class Console:
         page = self._pages.get(request.path)
         if page is None:
             raise not_found(request.path.decode("latin-1"))
-        if request.method != b"GET":
+        if request.method not in (b"GET", b"HEAD"):
             raise wrong_method(request.method.decode(), request.path.decode(), "GET")
         if (
             self._credentials

@@ -69,7 +69,7 @@ class ClientConnection(asyncio.Protocol):
         self.is_paused = False
         self._queue: deque[Request | ApiError] = deque()
         self._is_pumping = self._is_deaf = self._is_reading_paused = False
-        self._since = loop.time()
+        self._since, self._goodbye_s = loop.time(), _LINGER_S
         self._new_request()
 
     # --- the transport -------------------------------------------------------------------------------------------
@@ -146,11 +146,15 @@ class ClientConnection(asyncio.Protocol):
     def on_url(self, url: bytes) -> None:
         """Called by the parser, perhaps with a part."""
         self._url += url
-        self._count_head(len(url))
+        self._head_bytes += len(url)
+        if self._head_bytes > self._options.max_header_bytes:
+            self._refuse(self._too_long())
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by the parser; also for trailers, which mean nothing here."""
-        self._count_head(len(name) + len(value))
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > self._options.max_header_bytes:
+            self._refuse(self._too_long())
         name = name.lower()
         if name not in _LOOKED_AT or not self._is_in_head:
             return
@@ -179,7 +183,7 @@ class ClientConnection(asyncio.Protocol):
         version = parser.get_http_version()
         request.method, request.is_http10 = parser.get_method(), version == "1.0"
         request.keep_alive = parser.should_keep_alive() and not request.is_http10
-        request.path = self._url.partition(b"?")[0]
+        request.path = _path(self._url)
         request.content_type = self._kind
         self._is_in_head = False
         if parser.should_upgrade():
@@ -210,11 +214,6 @@ class ClientConnection(asyncio.Protocol):
         request.received_at = self._now()
         self._queue.append(request)
         self._new_request()
-
-    def _count_head(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > self._options.max_header_bytes:
-            self._refuse(self._too_long())
 
     def _refuse(self, error: ApiError) -> None:
         self._refusal = error
@@ -250,6 +249,8 @@ class ClientConnection(asyncio.Protocol):
 
     def answer(self, data: bytes) -> None:
         """Send one complete answer and go on."""
+        if self.request.method == b"HEAD":
+            data = data[: data.index(b"\r\n\r\n") + 4]
         self.write(data)
         self.finished()
 
@@ -259,7 +260,7 @@ class ClientConnection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close after what was written has gone out."""
-        self._is_deaf = True
+        self._is_deaf, self._since, self._goodbye_s = True, self._now(), self._options.stall_s
         self._queue.clear()
         self.transport.close()
 
@@ -296,7 +297,7 @@ class ClientConnection(asyncio.Protocol):
         """Answer and half-close, but read on for a moment: closing with unread bytes would destroy the answer."""
         self.write(data)
         self._queue.clear()
-        self._since = self._now()
+        self._since, self._goodbye_s = self._now(), _LINGER_S
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
@@ -318,7 +319,7 @@ class ClientConnection(asyncio.Protocol):
         elif self.activity is not None:
             return
         elif self._is_deaf:
-            if waited > _LINGER_S:
+            if waited > self._goodbye_s:
                 self.abort()
         elif self._received == 0:
             if waited > self._options.keep_alive_s:
@@ -326,3 +327,11 @@ class ClientConnection(asyncio.Protocol):
         elif waited > (self._options.receive_s / 10 if self._is_in_head else self._options.receive_s):
             self._stop_parsing(ApiError(408, "The request did not arrive in time.", "request_timeout"))
             self._pump()
+
+
+def _path(target: bytes) -> bytes:
+    """The path of a request target: without the query, and without the origin that clients may write for proxies."""
+    path = target.partition(b"?")[0]
+    if path.startswith(b"http://"):
+        return b"/" + path[7:].partition(b"/")[2]
+    return path

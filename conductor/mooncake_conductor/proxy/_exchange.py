@@ -22,7 +22,7 @@ from mooncake_conductor.dialects import Body, Endpoint
 from mooncake_conductor.proxy._client import ClientConnection
 from mooncake_conductor.proxy._errors import ApiError
 from mooncake_conductor.proxy._request import Request
-from mooncake_conductor.proxy._upstream import Failure, Leg
+from mooncake_conductor.proxy._upstream import STALE_S, Failure, Leg
 
 if TYPE_CHECKING:
     from mooncake_conductor.proxy._frontend import Frontend
@@ -32,6 +32,7 @@ _GONE = 499  # nginx's code for a client that closed its connection
 # A prefill leg whose request was answered may end by itself for this long: its last byte often comes just after the
 # answer's.
 _LINGER_S = 5.0
+_NO_BODY = Body(b"", {})
 
 
 class Exchange:
@@ -85,20 +86,22 @@ class Exchange:
         self._attempts += 1
         prefill, metrics, dialect = pair.prefill, self._front.metrics, self._front.dialect
         if prefill is None:
+            body = dialect.whole(self._endpoint, self._body)
             if pair.reason:
                 metrics.fallbacks[pair.reason] += 1
-            self._answer = self._send(pair.decode, dialect.whole(self._endpoint, self._body))
+            self._answer = self._send(pair.decode, body)
             return
-        metrics.pairs += 1
         ticket = self._front.issue_ticket(prefill)
-        self._side = self._send(prefill, dialect.prefill_leg(self._endpoint, self._body, ticket))
-        self._answer = self._send(pair.decode, dialect.decode_leg(self._endpoint, self._body, ticket))
+        for_prefill = dialect.prefill_leg(self._endpoint, self._body, ticket)
+        for_decode = dialect.decode_leg(self._endpoint, self._body, ticket)
+        metrics.pairs += 1
+        self._side = self._send(prefill, for_prefill)
+        self._answer = self._send(pair.decode, for_decode)
 
     def _send(self, engine: Engine, body: bytes) -> Leg:
         pool = self._front.pools[engine]
-        leg = Leg(
-            pool, self, [pool.head(self._endpoint.value, self._request, len(body)), body], self._request.is_http10
-        )
+        head = pool.head(self._endpoint.value, self._request, len(body))
+        leg = Leg(pool, self, [head, body], self._request.is_http10)
         engine.in_flight += 1
         pool.send(leg)
         return leg
@@ -125,7 +128,8 @@ class Exchange:
         """See `LegOwner`."""
         if leg is self._side and not self._is_side_the_answer(leg):
             return
-        if leg.status >= 500 and self._again(leg, Failure(f"HTTP status {leg.status}", is_connection=False)):
+        is_news = leg.status >= 500 and leg.pool.engine not in self._failed
+        if is_news and self._again(leg, Failure(f"HTTP status {leg.status}", is_connection=False)):
             return
         if is_complete or len(leg.held) > leg.head_end:
             self._commit(leg, is_complete=is_complete)
@@ -182,11 +186,10 @@ class Exchange:
         if self._attempts > front.options.retries:
             facts = facts._replace(whole=Fallback.PREFILL_FAILED)
         pair = front.decide(facts, self._failed)
-        if (
-            pair is not None
-        ):  # else the decode leg goes on: it computes the prompt when it finds that nobody hands it over
-            self._drop_legs()
-            self.start(pair)
+        if pair is None:  # the decode leg goes on: it computes the prompt when it finds that nobody hands it over
+            return
+        self._drop_legs()
+        self.start(pair)
 
     def _again(self, leg: Leg, failure: Failure) -> bool:
         """The answering leg failed before its first byte: try others. If there are none: False, and nothing changed."""
@@ -210,7 +213,9 @@ class Exchange:
         self._is_committed, self._status = True, leg.status
         self._is_event_stream = b"text/event-stream" in head
         self._moved_at = now = self._front.now()
-        self._front.metrics.ttft.observe(now - self._begun_at)
+        if leg.status == 200:
+            self._front.metrics.ttft.observe(now - self._begun_at)
+        self._body, self._request.body = _NO_BODY, b""  # prompts are large and answers are long
         client, link = self._client, leg.link
         if client.has_to_close or leg.is_until_close or b"\r\nconnection:" in head or b"\r\nkeep-alive:" in head:
             self._closes_client = client.has_to_close or leg.is_until_close
@@ -243,7 +248,8 @@ class Exchange:
     def _cut(self, leg: Leg, why: str) -> None:
         """End an answer that cannot be completed, so that the client notices."""
         link, client = leg.link, self._client
-        can_tell = self._is_event_stream and not leg.is_until_close and link is not None and link.is_at_boundary()
+        is_chunked = self._is_event_stream and not leg.is_until_close and not leg.is_http10
+        can_tell = is_chunked and link is not None and link.is_at_boundary()
         self._drop_legs()
         self._front.metrics.cut_answers += 1
         self._count(self._status)
@@ -252,6 +258,7 @@ class Exchange:
             client.write(ApiError(502, why, "engine_failed").event())
             client.finished(close=True)
         else:
+            client.activity = None
             client.abort()
 
     def _count(self, status: int) -> None:
@@ -290,6 +297,7 @@ class Exchange:
             self._moved_at = now
         spent = now - self._begun_at
         if not self._is_committed:
+            self._forget_what_was_sent(spent)
             limit = options.first_byte_s if self._facts.is_streamed else options.total_s
             if spent > limit:
                 self._front.note_failure(answer.pool.engine, Failure(f"no answer in {limit:g} s", is_connection=False))
@@ -299,6 +307,13 @@ class Exchange:
         elif now - self._moved_at > options.between_bytes_s:
             self._front.note_failure(answer.pool.engine, Failure("its answer stopped", is_connection=False))
             self._cut(answer, f"The engine sent nothing for {options.between_bytes_s:g} seconds.")
+
+    def _forget_what_was_sent(self, spent: float) -> None:
+        """A connection that held so long was not stale: what was sent over it is not needed again."""
+        if spent > 2 * STALE_S:
+            for leg in (self._answer, self._side):
+                if leg is not None and leg.link is not None:
+                    leg.parts = []
 
 
 def _new_head(data: bytes, head_end: int, *, closes: bool) -> bytes:

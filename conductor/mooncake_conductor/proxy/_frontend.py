@@ -71,7 +71,7 @@ class Frontend:
         try:
             if route is None:
                 raise not_found(request.path.decode("latin-1"))
-            if request.method != route[0]:
+            if request.method != route[0] and (request.method, route[0]) != (b"HEAD", b"GET"):
                 raise wrong_method(request.method.decode(), request.path.decode(), route[0].decode())
             route[1](client, request)
         except BodyError as error:
@@ -110,9 +110,9 @@ class Frontend:
         if pair is None:
             raise self._nobody(facts.model)
         exchange = Exchange(self, client, request, endpoint, body, facts)
+        exchange.start(pair)
         client.activity = exchange
         self.active.add(exchange)
-        exchange.start(pair)
 
     def _nobody(self, model: str) -> ApiError:
         if self.view.pools(model) is None and self.view.models:

@@ -75,7 +75,10 @@ class Membership:
     async def watch(self, member: Member) -> None:
         """Probe one engine for ever."""
         while True:
-            await self._probe(member)
+            try:
+                await self._probe(member)
+            except Exception:  # a dialect of somebody else may raise anything; the other engines go on
+                logger.exception("probe failed engine=%s", member.engine.name)
             await asyncio.sleep(_MIN_INTERVAL_S)  # however often traffic asks for a probe
             is_joining = member.machine.state is Health.JOINING
             interval = (

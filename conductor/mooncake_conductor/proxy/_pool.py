@@ -11,6 +11,7 @@ from mooncake_conductor.proxy._httptools import HttpTools
 from mooncake_conductor.proxy._metrics import Metrics
 from mooncake_conductor.proxy._options import ProxyOptions
 from mooncake_conductor.proxy._request import Request
+from mooncake_conductor.proxy._unchunked import UnchunkedUpstream
 from mooncake_conductor.proxy._upstream import Failure, Leg, Upstream
 
 
@@ -39,12 +40,10 @@ class EnginePool:
         self._lines: dict[tuple[str, bool], bytes] = {}
         self._dials: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
+        self.now = self._loop.time
 
     def head(self, path: str, request: Request, length: int) -> bytes:
-        """Head of a request with a JSON body.
-
-        A client that cannot take chunked answers is served by asking the engine in the client's own version of HTTP.
-        """
+        """Head of a request with a JSON body, in the client's own version of HTTP."""
         line = self._lines.get((path, request.is_http10))
         if line is None:
             line = self._lines[path, request.is_http10] = self._line(path, request.is_http10)
@@ -73,7 +72,7 @@ class EnginePool:
 
     def send(self, leg: Leg) -> None:
         """Send a leg over an idle connection, or a new one. Its owner is never called from inside this call."""
-        while self._idle:
+        while self._idle and not leg.is_http10:
             link = self._idle.pop()
             if link.transport is not None and not link.transport.is_closing():
                 link.begin(leg)
@@ -88,7 +87,7 @@ class EnginePool:
         task.add_done_callback(self._dials.discard)
 
     async def _connect(self, leg: Leg) -> None:
-        link = Upstream(self)
+        link = UnchunkedUpstream(self) if leg.is_http10 else Upstream(self)
         try:
             async with asyncio.timeout(self.options.connect_s):
                 await self._loop.create_connection(lambda: link, *self.address)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from mooncake_conductor.proxy._pool import EnginePool
 
 _HELD_LIMIT = 4 << 20
-_END_OF_HEAD = b"\r\n\r\n"
+STALE_S = 1.0
+END_OF_HEAD = b"\r\n\r\n"
 _FRAMED = re.compile(rb"\n(?:content-length|transfer-encoding):", re.IGNORECASE)
 
 
@@ -86,6 +87,7 @@ class Upstream(asyncio.Protocol):
 
     __slots__ = (
         "_begun",
+        "_begun_at",
         "_bytes",
         "_chunks",
         "_error",
@@ -129,7 +131,7 @@ class Upstream(asyncio.Protocol):
         self._leg, leg.link = leg, self
         self._sink = None
         self._is_complete = self._is_head_done = self._is_lasting = self._is_mid_chunk = self._is_counted = False
-        self._begun = 0
+        self._begun, self._begun_at = 0, self._pool.now()
         self._tail = b""
         # A parser costs 0.2 us; a fresh one per answer cannot carry anything over from the one before.
         self._parser: ResponseParser | None = self._pool.tools.response(self)
@@ -156,6 +158,9 @@ class Upstream(asyncio.Protocol):
         except self._error as error:
             self._fail(f"it sent what is not an HTTP answer: {error}")
             return
+        self._pass_on(data)
+
+    def _pass_on(self, data: bytes) -> None:
         sink = self._sink
         if sink is None or self._is_complete:
             self._collect(data)
@@ -171,15 +176,21 @@ class Upstream(asyncio.Protocol):
         leg, self.transport = self._leg, None
         if leg is None:
             self._pool.idle_lost(self)
-        elif leg.is_until_close:
+        elif leg.is_until_close and exc is None:
             self._is_complete = True
             self._end(b"")
-        elif self._is_reused and not self._is_head_done and not leg.held:
+        elif self._is_stale(leg):
             self._forget()
             leg.link = None
+            self._pool.on_idle_lost()
             self._pool.send_fresh(leg)
         else:
             self._fail(f"the connection broke ({exc or 'closed by the engine'})")
+
+    def _is_stale(self, leg: Leg) -> bool:
+        """The engine closed this connection while it was idle, and the request crossed that on its way."""
+        is_fresh_loss = self._pool.now() - self._begun_at < STALE_S
+        return self._is_reused and is_fresh_loss and not self._is_head_done and not leg.held
 
     # --- the parser ----------------------------------------------------------------------------------------------
 
@@ -260,12 +271,12 @@ class Upstream(asyncio.Protocol):
             leg.owner.leg_received(leg, is_complete=is_complete)
 
     def _read_head(self, leg: Leg) -> bool:
-        leg.head_end = leg.held.find(_END_OF_HEAD) + len(_END_OF_HEAD)
+        leg.head_end = leg.held.find(END_OF_HEAD) + len(END_OF_HEAD)
         leg.status = self._parser.get_status_code() if self._parser is not None else 0
         leg.parts = []
         if not self._is_lasting:
             leg.is_until_close = _FRAMED.search(leg.held, 0, leg.head_end) is None
-        if leg.status < 200 or leg.head_end < len(_END_OF_HEAD):
+        if leg.status < 200 or leg.head_end < len(END_OF_HEAD):
             self._fail(f"it answered with HTTP status {leg.status}")
             return False
         return True

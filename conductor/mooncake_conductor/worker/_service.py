@@ -159,8 +159,11 @@ class Conductor:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            self.front.tick()
-            self.console.tick(self._loop.time())
+            try:
+                self.front.tick()
+                self.console.tick(self._loop.time())
+            except Exception:
+                logger.exception("a deadline was not applied")
 
     async def _drain(self) -> None:
         """Stop accepting; let answers in flight end."""
