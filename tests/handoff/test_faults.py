@@ -1,4 +1,4 @@
-"""What fails in the middle of a hand-off: no wrong byte is believed, nothing lands late, nothing waits or stays held."""
+"""What fails in the middle of a hand-off: no wrong byte is believed, nothing lands late, nothing stays held."""
 
 from __future__ import annotations
 
