@@ -4,8 +4,8 @@
     offline_llm.py MODEL [--prompts 4] [--tokens 16]
 
 The prefill engine computes the prompts; the decode engine reads their KVCache out of its memory, layer by layer while
-it is being computed, and generates. What the Conductor does between servers, this program does itself: it asks the prefill
-engine where it listens, makes one ticket for each prompt, and gives both engines the same prompts at the same time.
+it is being computed, and generates. What the Conductor does between servers, this program does itself: it asks the
+prefill engine where it listens, makes one ticket for each prompt, and gives both engines the prompts at the same time.
 """
 
 from __future__ import annotations
