@@ -30,8 +30,8 @@
     └── ConductorError
 
 Third-party exceptions are mapped where they are caught, with ``raise ... from``. A miss is a return value, never an
-error. Attributes carry the facts; ``str()`` is one sentence that a person can act on. ``retryable`` says whether the same
-call may succeed later without a change on this side.
+error. Attributes carry the facts; ``str()`` is one sentence that a person can act on. ``retryable`` says whether the
+same call may succeed later without a change on this side.
 """
 
 from __future__ import annotations

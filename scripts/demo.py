@@ -286,9 +286,7 @@ def verdict(
     if came_over and not failed:
         say(f"The KV of all {len(requests)} prompts came from the prefill engine; nothing was computed twice.")
     else:
-        say(
-            f"Only {counts['pulls_ok']} of {len(requests)} prompts got their KV from the prefill engine; {failed} failures."
-        )
+        say(f"Only {counts['pulls_ok']} of {len(requests)} prompts got their KV from prefill; {failed} failures.")
         say(f"decode counted: {dict(counts)}")
     return not different and came_over and not failed
 

@@ -114,8 +114,9 @@ class Vector:
         self._message.iov = self._base + 16 * first
         self._message.iov_count = last - first + 1
         moved = function(fd, self._at, flags)
-        while moved < 0 and (code := ctypes.get_errno()) == errno.EINTR:
+        while moved < 0 and ctypes.get_errno() == errno.EINTR:
             moved = function(fd, self._at, flags)
+        code = ctypes.get_errno() if moved < 0 else 0
         if surplus > 0:
             self._iov[last, 1] += surplus
         if moved < 0:

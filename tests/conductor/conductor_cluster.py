@@ -16,7 +16,8 @@ from mooncake_conductor.core import LeastLoaded, Role, SchedulingPolicy
 from mooncake_conductor.dialects import VllmDialect
 from mooncake_conductor.proxy import ProxyOptions
 from mooncake_conductor.worker import Addresses, ConductorConfig, run, serve
-from simulated_engine import MODEL, SimulatedEngine
+
+from tests.conductor.simulated_engine import MODEL, SimulatedEngine
 
 P = ParamSpec("P")
 KEY = b"k" * 32

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from conductor_cluster import Cluster, completion, scenario, until
-from simulated_engine import EVENTS, STREAM_HEAD, Connection, Received, SimulatedEngine, chunk
+
+from tests.conductor.conductor_cluster import Cluster, completion, scenario, until
+from tests.conductor.simulated_engine import EVENTS, STREAM_HEAD, Connection, Received, SimulatedEngine, chunk
 
 
 def engines(count: int, name: str) -> list[SimulatedEngine]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
-from conductor_cluster import Client, Cluster, completion, scenario
 from mooncake_conductor.core import LeastLoaded, Role
 from mooncake_conductor.dialects import VllmDialect
 from mooncake_conductor.worker import ConductorConfig
 from prometheus_client.parser import text_string_to_metric_families
-from simulated_engine import SimulatedEngine
 
 from mooncake_plugins.errors import ConfigError
+from tests.conductor.conductor_cluster import Client, Cluster, completion, scenario
+from tests.conductor.simulated_engine import SimulatedEngine
 
 
 async def metrics(cluster: Cluster) -> dict[str, float]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from conductor_cluster import Cluster, completion, scenario, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulated_engine import EVENTS, PLAIN, SimulatedEngine
+
+from tests.conductor.conductor_cluster import Cluster, completion, scenario, until
+from tests.conductor.simulated_engine import EVENTS, PLAIN, SimulatedEngine
 
 BODY = json.dumps(completion()).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"

@@ -8,10 +8,20 @@ import time
 from typing import Any
 
 import pytest
-from conductor_cluster import KEY, Cluster, completion, scenario, until
-from simulated_engine import EVENTS, PLAIN, STREAM_HEAD, Behaviour, Connection, Received, SimulatedEngine, chunk, normal
 
 from mooncake_plugins.handoff import verify_ticket
+from tests.conductor.conductor_cluster import KEY, Cluster, completion, scenario, until
+from tests.conductor.simulated_engine import (
+    EVENTS,
+    PLAIN,
+    STREAM_HEAD,
+    Behaviour,
+    Connection,
+    Received,
+    SimulatedEngine,
+    chunk,
+    normal,
+)
 
 
 async def reset(connection: Connection, received: Received) -> None:

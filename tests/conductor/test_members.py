@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
-from conductor_cluster import KEY, Cluster, completion, scenario, until
-from simulated_engine import FINGERPRINT, Connection, Received, SimulatedEngine
 
 from mooncake_plugins.errors import ConductorError, FingerprintError
 from mooncake_plugins.handoff import Ticket, verify_ticket
+from tests.conductor.conductor_cluster import KEY, Cluster, completion, scenario, until
+from tests.conductor.simulated_engine import FINGERPRINT, Connection, Received, SimulatedEngine
 
 
 async def has(cluster: Cluster, engine: SimulatedEngine, health: str) -> bool:

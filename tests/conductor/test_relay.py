@@ -7,11 +7,11 @@ import json
 import time
 
 import pytest
-from conductor_cluster import KEY, Cluster, completion, scenario, until
 from mooncake_conductor.core import RoundRobin
-from simulated_engine import EVENTS, PLAIN, STREAM_HEAD, Connection, Received, SimulatedEngine, chunk
 
 from mooncake_plugins.handoff import verify_ticket
+from tests.conductor.conductor_cluster import KEY, Cluster, completion, scenario, until
+from tests.conductor.simulated_engine import EVENTS, PLAIN, STREAM_HEAD, Connection, Received, SimulatedEngine, chunk
 
 
 def pair() -> tuple[SimulatedEngine, SimulatedEngine]:

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conductor_cluster import Client, Cluster, completion, scenario, until
 from mooncake_conductor.core import LeastLoaded, Role
 from mooncake_conductor.dialects import VllmDialect
 from mooncake_conductor.worker import Addresses, ConductorConfig, serve
-from simulated_engine import EVENTS, PLAIN, STREAM_HEAD, Connection, Received, SimulatedEngine, chunk
 
 from mooncake_plugins.errors import ConductorError, ConfigError
+from tests.conductor.conductor_cluster import Client, Cluster, completion, scenario, until
+from tests.conductor.simulated_engine import EVENTS, PLAIN, STREAM_HEAD, Connection, Received, SimulatedEngine, chunk
 
 CONSOLE_SCRIPT = [sys.executable, "-m", "mooncake_plugins.cli", "conductor"]
 

@@ -1,8 +1,8 @@
 """A pair's answers equal a single engine's, token by token, and the KV really came from the prefill engine.
 
 Equal tokens alone prove nothing, since every failure falls back to computing again. So each test also reads the decode
-engine's counters: pulls that succeeded, blocks and bytes that arrived, nothing that failed. Each test draws its own tokens,
-so that no prompt is in a prefix cache unless the test put it there.
+engine's counters: pulls that succeeded, blocks and bytes that arrived, nothing that failed. Each test draws its own
+tokens, so that no prompt is in a prefix cache unless the test put it there.
 """
 
 from __future__ import annotations

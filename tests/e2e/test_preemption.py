@@ -41,8 +41,8 @@ def crowd(url: str, at_once: int) -> Iterator[None]:
 def test_prefill_loses_its_blocks_in_the_middle(faulty: FaultyFleet, expect: Any) -> None:
     """Plain requests on the prefill engine take the blocks of prefills that are being announced; those begin again.
 
-    A cache of 256 blocks, seven requests that grow to 33 to 41 each, and prompts of 57 in 20 steps and more: whenever the
-    crowd has left just enough room for a prompt to begin, it soon takes it back.
+    A cache of 256 blocks, seven requests that grow to 33 to 41 each, and prompts of 57 in 20 steps and more: whenever
+    the crowd has left just enough room for a prompt to begin, it soon takes it back.
     """
     url = faulty.url("prefill")
     before = handoff_counts(url)["prefills_preempted"]

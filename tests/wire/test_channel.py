@@ -146,10 +146,12 @@ def test_too_long_a_message_is_not_sent_and_the_channel_lives(ends: tuple[Channe
 
 def test_many_senders_do_not_mix_frames(ends: tuple[Channel, socket.socket]) -> None:
     channel, raw = ends
-    threads = [
-        threading.Thread(target=lambda c=c: [channel.send(Text(c * 5000), timeout_s=30) for _ in range(20)])
-        for c in "abcd"
-    ]
+
+    def send(letter: str) -> None:
+        for _ in range(20):
+            channel.send(Text(letter * 5000), timeout_s=30)
+
+    threads = [threading.Thread(target=send, args=(letter,)) for letter in "abcd"]
     for thread in threads:
         thread.start()
     size = len(message(Text("a" * 5000)))

@@ -17,9 +17,11 @@ class Parser(Protocol):
 
     def should_keep_alive(self) -> bool:
         """Whether the connection may carry another message after this one."""
+        ...
 
     def get_http_version(self) -> str:
         """For instance ``1.1``."""
+        ...
 
 
 class RequestParser(Parser, Protocol):
@@ -27,9 +29,11 @@ class RequestParser(Parser, Protocol):
 
     def get_method(self) -> bytes:
         """For instance ``POST``."""
+        ...
 
     def should_upgrade(self) -> bool:
         """Whether the client asks for another protocol; true from ``on_headers_complete`` on."""
+        ...
 
 
 class ResponseParser(Parser, Protocol):
@@ -37,6 +41,7 @@ class ResponseParser(Parser, Protocol):
 
     def get_status_code(self) -> int:
         """For instance 200."""
+        ...
 
 
 class RequestParserFactory(Protocol):
@@ -44,6 +49,7 @@ class RequestParserFactory(Protocol):
 
     def __call__(self, protocol: object) -> RequestParser:
         """``protocol``: target of the callbacks."""
+        ...
 
 
 class ResponseParserFactory(Protocol):
@@ -51,6 +57,7 @@ class ResponseParserFactory(Protocol):
 
     def __call__(self, protocol: object) -> ResponseParser:
         """``protocol``: target of the callbacks."""
+        ...
 
 
 class HttpTools(NamedTuple):
