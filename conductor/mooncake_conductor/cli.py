@@ -88,8 +88,8 @@ class _ManyUrls(click.Command):
 def conductor(**given: Any) -> None:
     """Serve an OpenAI-compatible endpoint in front of prefill and decode engines.
 
-    Several URLs may follow one --prefill, --decode, --both or --coupled only if the option is repeated. Every deadline
-    and limit can also be set as MOONCAKE_CONDUCTOR_<NAME> or in a TOML file.
+    Several URLs may follow one --prefill, --decode, --both or --coupled. Every deadline and limit can also be set as
+    MOONCAKE_CONDUCTOR_<NAME> or in a TOML file.
     """
     logging.getLogger("mooncake_conductor").setLevel(given["log_level"].upper())
     try:
