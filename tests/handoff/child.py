@@ -15,9 +15,8 @@ from typing import Any, Self
 import msgspec
 
 from mooncake_plugins.handoff import HandoffOptions, Ticket
-from mooncake_plugins.testing import wait_until
 from mooncake_plugins.transports import _vectored
-from tests.handoff.harness import DecodeSide, Memory, PrefillSide
+from tests.handoff.harness import DecodeSide, Memory, PrefillSide, wait_until
 
 ROOT = Path(__file__).parents[2]
 

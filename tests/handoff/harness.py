@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from mooncake_plugins import testing
 from mooncake_plugins.config import Secret
 from mooncake_plugins.errors import PeerClosedError
 from mooncake_plugins.handoff import (
@@ -35,7 +37,6 @@ from mooncake_plugins.handoff import (
 )
 from mooncake_plugins.kv import CacheLayout, Coordinate
 from mooncake_plugins.plugins import PluginRegistry, Provider, hookimpl
-from mooncake_plugins.testing import wait_until
 from mooncake_plugins.transfer import EngineOptions, TransferEngine
 from mooncake_plugins.transports import Endpoint, SegmentDescription, TransportHost, Work
 from mooncake_plugins.transports.loopback import LoopbackTransport
@@ -49,7 +50,14 @@ SECRET = Secret(KEY)
 FINGERPRINT: dict[str, str | int] = {"model": "m", "dtype": "float32", "block_size": 16, "layers": 4}
 LAYERS, BLOCKS, BLOCK_BYTES = 4, 64, 4096
 BLOCK_TOKENS = 16
+# How long anything may take that is not to fail. The runs that are expected to fail (``tests/mutants``) wait less.
+PATIENCE_S = float(os.environ.get("MOONCAKE_TEST_PATIENCE_S", "20"))
 RANK_0 = Coordinate()
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Return as soon as the condition is true; fail when patience is over."""
+    testing.wait_until(condition, what, PATIENCE_S)
 
 
 def right_bytes(prompt: bytes, layer: int, place: int, size: int) -> UInt8Array:
@@ -331,7 +339,7 @@ class DecodeSide:
         )
         return request_id
 
-    def result(self, request_id: str, *, timeout_s: float = 20.0) -> PullResult:
+    def result(self, request_id: str, *, timeout_s: float = PATIENCE_S) -> PullResult:
         """Wait for a pull's one result."""
         until = time.monotonic() + timeout_s
         while request_id not in self._results:

@@ -14,12 +14,11 @@ import pytest
 
 from mooncake_plugins.handoff import HandoffOptions, HandoffStep, PullResult, PullService
 from mooncake_plugins.handoff import _pull_service as pull_service
-from mooncake_plugins.testing import wait_until
 from mooncake_plugins.transfer import BatchStatus
 from mooncake_plugins.transports import Work
 from tests.handoff.child import RemoteSide
 from tests.handoff.conftest import MakeDecode, MakePrefill
-from tests.handoff.harness import BLOCK_BYTES, LAYERS, DecodeSide, Faults, Memory, PrefillSide
+from tests.handoff.harness import BLOCK_BYTES, LAYERS, PATIENCE_S, DecodeSide, Faults, Memory, PrefillSide, wait_until
 
 P_IDS, D_IDS = [9, 3, 60, 31], [1, 50, 2, 49]
 PROMPT = b"prompt"
@@ -35,10 +34,10 @@ class Gate:
 
     def _pass(self, work: Work) -> None:
         self.entered.set()
-        assert self._opened.wait(20), "nobody opened the gate"
+        assert self._opened.wait(PATIENCE_S), "nobody opened the gate"
 
     def wait_entered(self) -> None:
-        assert self.entered.wait(20), "no read came"
+        assert self.entered.wait(PATIENCE_S), "no read came"
 
     def open(self) -> None:
         self._opened.set()

@@ -14,10 +14,9 @@ from mooncake_plugins.errors import MooncakeError, PeerClosedError
 from mooncake_plugins.handoff import HANDOFF_ROLE, HandoffOptions, Ticket, ToDecode, WatchState, sign_ticket
 from mooncake_plugins.handoff import _messages as wire
 from mooncake_plugins.kv import Coordinate
-from mooncake_plugins.testing import wait_until
 from mooncake_plugins.wire import Deadline, FrameKind, Identity, dial, encode_frame, new_incarnation
 from tests.handoff.conftest import MakeDecode, MakePrefill
-from tests.handoff.harness import FINGERPRINT, KEY, SECRET, DecodeSide, PrefillSide
+from tests.handoff.harness import FINGERPRINT, KEY, SECRET, DecodeSide, PrefillSide, wait_until
 
 P_IDS, D_IDS = [1, 2, 3], [4, 5, 6]
 PROMPT = b"prompt"

@@ -9,9 +9,8 @@ from functools import partial
 import pytest
 
 from mooncake_plugins.handoff import HandoffOptions, WatchState, sign_ticket
-from mooncake_plugins.testing import wait_until
 from tests.handoff.conftest import MakeDecode, MakePrefill
-from tests.handoff.harness import BLOCK_BYTES, KEY, LAYERS, DecodeSide, Faults, Memory, PrefillSide
+from tests.handoff.harness import BLOCK_BYTES, KEY, LAYERS, DecodeSide, Faults, Memory, PrefillSide, wait_until
 
 P_IDS = [9, 3, 60, 31, 4]
 D_IDS = [1, 50, 2, 49, 3]

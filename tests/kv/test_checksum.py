@@ -69,6 +69,11 @@ def test_every_transfer_layer_and_place_has_a_seed_of_its_own(cells: list[tuple[
     assert one.tolist() != other.tolist()
 
 
+def test_two_transfers_have_no_seed_in_common() -> None:
+    one, other = span_seeds("a" * 32, 0, 80, 0, 100), span_seeds("b" * 32, 0, 80, 0, 100)
+    assert len(np.unique(np.concatenate([one, other]))) == 2 * 80 * 100
+
+
 @given(st.integers(0, 5), st.integers(1, 5), st.integers(0, 50), st.integers(1, 5))
 def test_seeds_of_a_span_are_those_of_its_cells_layer_by_layer(
     layer: int, layers: int, block: int, blocks: int
