@@ -34,6 +34,7 @@ CODE = (
 )
 TRANSFER = ("tests/wire", "tests/transports", "tests/metadata", "tests/transfer", "tests/testing")
 PACKAGING = ("tests/packaging", "tests/repo")
+MUTANTS = ("tests/mutants",)
 NO_TESTS = 5  # exit code of pytest
 
 
@@ -46,9 +47,10 @@ class Suite:
 
 
 SUITES = {
-    "unit": Suite("dev", ("-m", "not vllm", *(f"--ignore={path}" for path in (*TRANSFER, *PACKAGING)))),
+    "unit": Suite("dev", ("-m", "not vllm", *(f"--ignore={path}" for path in (*TRANSFER, *PACKAGING, *MUTANTS)))),
     "transfer": Suite("dev", ("-m", "not vllm", *TRANSFER)),
     "packaging": Suite("dev", ("-m", "not vllm", *PACKAGING)),
+    "mutants": Suite("dev", MUTANTS),
     "vllm": Suite("vllm", ("-m", "vllm", "-v")),
 }
 CHECKS: dict[str, tuple[str, ...]] = {
