@@ -18,9 +18,22 @@ from tests.e2e.processes import BIN, ENGINE_ARGUMENTS, Process, engine_environme
 SECRET = "end-to-end secret, at least sixteen bytes"
 
 
+# Engines are started once and shared, so what ends them comes after all that needs them.
+ORDER = (
+    "test_equality",
+    "test_bad_input",
+    "test_preemption",
+    "test_failures",
+    "test_two_hosts",
+    "test_examples",
+    "test_up",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this folder needs vLLM; without it the tests are skipped and say so."""
+    """Put these tests in order. All of them need vLLM; without it they are skipped and say so."""
     absent = importlib.util.find_spec("vllm") is None
+    items.sort(key=lambda item: ORDER.index(item.path.stem) + 1 if item.path.parent == HERE else 0)
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.vllm)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -166,29 +163,3 @@ def test_an_engine_without_a_hand_off_port_is_named(pair: Fleet, reference: str)
 def test_the_first_forward_of_one_token_in_bfloat16(stranger: str) -> None:
     """On a CPU with AMX this kills a vLLM without our plugin: nobody asked the kernel for the tile registers."""
     assert len(complete(stranger, [9], max_tokens=2).token_ids[0]) == 2
-
-
-# --- `mooncake up` itself, last: this ends the deployment ------------------------------------------
-
-
-def test_the_death_of_a_part_stops_everything_and_says_which(pair: Fleet, workdir: Path) -> None:
-    deployment = json.loads((workdir / "up" / "deployment.json").read_text())
-    (group,) = [part["process_group"] for part in deployment["parts"] if part["name"] == "decode-0"]
-    os.killpg(group, signal.SIGKILL)
-    up = pair.processes["up"]
-    assert up.wait(60.0) == 1
-    assert "decode-0" in up.tail() and "SIGKILL" in up.tail()
-    groups = {part["process_group"] for part in deployment["parts"]}
-    eventually(lambda: not live_members(groups), what=f"processes of {groups} have ended")
-
-
-def live_members(groups: set[int]) -> list[int]:
-    """Return the processes of these groups that are not zombies."""
-    rows = [text.rpartition(")")[2].split() for text in _stats()]
-    return [int(row[2]) for row in rows if row[0] != "Z" and int(row[2]) in groups]
-
-
-def _stats() -> Iterator[str]:
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            yield stat.read_text()
