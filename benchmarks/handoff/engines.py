@@ -213,6 +213,8 @@ def machine() -> dict[str, Any]:
         "versions": versions,
         "commit": commit.stdout.strip(),
         "command": " ".join(sys.argv),
+        "model": " ".join(MODEL),
+        "engine_arguments": " ".join(ENGINE),
     }
 
 
