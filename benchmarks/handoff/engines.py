@@ -212,7 +212,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit.stdout.strip(),
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m benchmarks.handoff.engines", *(Path(word).name for word in sys.argv[1:])]),
         "model": " ".join(MODEL),
         "engine_arguments": " ".join(ENGINE),
     }
