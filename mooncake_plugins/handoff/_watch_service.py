@@ -39,12 +39,10 @@ class WatchService:
         self._instance, self._fingerprint, self._connect, self._options = instance, fingerprint, connect, options
         self._lock = threading.Lock()
         self._sessions: dict[str, tuple[WatchSession, Link]] = {}
-        self._requests: dict[str, wire.Watch] = {}
-        # What prefill must hear as soon as a link that is still opening is up: else it holds blocks for nobody until
-        # its lease ends.
-        self._farewells: dict[Link, list[wire.ToPrefill]] = {}
         self._links: dict[str, Link] = {}
-        self._up: set[Link] = set()
+        # What prefill must hear, in this order, once a link is open. Releases, too: else it would hold blocks for
+        # nobody until its lease ends. A link that is not in here is open, and takes messages at once.
+        self._waiting: dict[Link, list[wire.ToPrefill]] = {}
 
     def watch(self, ticket: Ticket, text: str, prompt: bytes, tokens: int) -> None:
         """Begin to ask about a transfer."""
@@ -54,13 +52,11 @@ class WatchService:
         with self._lock:
             if address not in self._links:
                 timeout_s = self._options.peer_timeout_s
-                self._links[address] = Link(address, self._connect, self, peer_timeout_s=timeout_s)
+                link = Link(address, self._connect, self, peer_timeout_s=timeout_s)
+                self._links[address], self._waiting[link] = link, []
             link = self._links[address]
             self._sessions[ticket.id] = (WatchSession(ticket.id, deadline), link)
-            self._requests[ticket.id] = request
-            is_up = link in self._up
-        if is_up:
-            link.send(request)
+        self._send(link, request)
 
     def state(self, transfer: str) -> WatchState:
         """Return what is known; an unknown transfer is DECLINED."""
@@ -75,16 +71,19 @@ class WatchService:
         """Forget a transfer; with ``release`` (a reason) prefill hears of it once it can be reached."""
         with self._lock:
             entry = self._sessions.pop(transfer, None)
-            request = self._requests.pop(transfer, None)
-            if entry is None:
-                return None
-            session, link = entry
-            is_opening = link not in self._up and self._links.get(link.address) is link
-            if release and is_opening and request is not None:
-                self._farewells.setdefault(link, []).extend((request, wire.Release(transfer, release)))
-        if release and not is_opening:
-            link.send(wire.Release(transfer, release))
+        if entry is None:
+            return None
+        session, link = entry
+        if release:
+            self._send(link, wire.Release(transfer, release))
         return session
+
+    def _send(self, link: Link, message: wire.ToPrefill) -> None:
+        with self._lock:
+            if link in self._waiting:
+                self._waiting[link].append(message)
+                return
+        link.send(message)
 
     def close(self) -> None:
         """End the links. Idempotent."""
@@ -96,14 +95,15 @@ class WatchService:
     # --- called by the links' threads --------------------------------------------------------------
 
     def link_up(self, link: Link) -> None:
-        with self._lock:
-            self._up.add(link)
-            waiting: list[wire.ToPrefill] = [
-                self._requests[t] for t, (_, its) in self._sessions.items() if its is link and t in self._requests
-            ]
-            waiting += self._farewells.pop(link, [])
-        for message in waiting:
-            link.send(message)
+        while True:
+            with self._lock:
+                waiting = self._waiting.get(link)
+                if not waiting:  # only now, so that nothing overtakes what waited
+                    self._waiting.pop(link, None)
+                    return
+                self._waiting[link] = []
+            for message in waiting:
+                link.send(message)
 
     def link_message(self, link: Link, message: wire.ToDecode) -> None:
         with self._lock:
@@ -113,8 +113,7 @@ class WatchService:
 
     def link_lost(self, link: Link, reason: str) -> None:
         with self._lock:
-            self._up.discard(link)
-            self._farewells.pop(link, None)
+            self._waiting.pop(link, None)
             if self._links.get(link.address) is link:
                 del self._links[link.address]
             for session, its in self._sessions.values():
