@@ -44,8 +44,7 @@ class FaultyEndpoint(Endpoint):
         if mode == "gate":
             self._wait_for_go()
         self._inner.execute(work)
-        if mode == "flip":
-            (self._folder / "mode").write_text("pass")
+        if mode == "flip" and self._is_first():
             byte = ctypes.c_ubyte.from_address(int(work.addresses[0]))
             byte.value ^= 0x10
         if mode == "zero":
@@ -57,6 +56,14 @@ class FaultyEndpoint(Endpoint):
             return (self._folder / "mode").read_text().strip()
         except FileNotFoundError:
             return "pass"
+
+    def _is_first(self) -> bool:
+        """Tell whether this read, of those that run at once, is the one to spoil: only one can take the file away."""
+        try:
+            (self._folder / "mode").rename(self._folder / "taken")
+        except FileNotFoundError:
+            return False
+        return True
 
     def _wait_for_go(self) -> None:
         (self._folder / "waiting").write_text(str(os.getpid()))
