@@ -22,6 +22,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 import uuid
@@ -276,7 +277,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     return {
+        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
         "cpu": model[0].split(":")[1].strip() if model else platform.processor(),
         "cores": os.cpu_count(),
         "kernel": platform.release(),

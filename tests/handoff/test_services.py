@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -124,20 +124,23 @@ def test_many_transfers_at_once_do_not_mix(make_prefill: MakePrefill, make_decod
 def test_two_prefills_and_two_decodes_share_nothing_but_the_network(
     make_prefill: MakePrefill, make_decode: MakeDecode
 ) -> None:
-    sides = [(make_prefill(), make_decode()) for _ in range(2)]
-    with ThreadPoolExecutor(4) as pool:
-        jobs: list[Future[object]] = []
-        for p, prefill in enumerate(side[0] for side in sides):
-            for d, decode in enumerate(side[1] for side in sides):
-                ticket, prompt = prefill.ticket(), f"{p} to {d}".encode()
-                request = decode.pull(ticket, prompt, [10 * p, 10 * p + 1])
-                jobs.append(pool.submit(prefill.prefill, ticket.id, prompt, [20 * d, 20 * d + 1]))
-                jobs.append(pool.submit(decode.result, request))
-        for job in jobs:
-            job.result(30)
-    for p in range(2):
-        for d, (_, decode) in enumerate(sides):
-            assert decode.memory.wrong(f"{p} to {d}".encode(), [10 * p, 10 * p + 1]) == []
+    prefills, decodes = [make_prefill() for _ in range(2)], [make_decode() for _ in range(2)]
+    pulls = []
+    for p, prefill in enumerate(prefills):
+        for d, decode in enumerate(decodes):
+            ticket, prompt = prefill.ticket(), f"{p} to {d}".encode()
+            pulls.append((p, d, ticket, prompt, decode.pull(ticket, prompt, [10 * p, 10 * p + 1])))
+
+    def compute(p: int) -> None:
+        """What one engine's thread does."""
+        for _, d, ticket, prompt, _ in pulls[2 * p : 2 * p + 2]:
+            prefills[p].prefill(ticket.id, prompt, [20 * d, 20 * d + 1])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compute, range(2)))
+    for p, d, _, prompt, request in pulls:
+        assert decodes[d].result(request).outcome == "ok"
+        assert decodes[d].memory.wrong(prompt, [10 * p, 10 * p + 1]) == []
 
 
 @pytest.mark.parametrize("read_bytes", [4096, 3 * BLOCK_BYTES, 1 << 20])
