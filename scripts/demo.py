@@ -315,9 +315,8 @@ def run(model: Path, folder: Path, timeout_s: float) -> bool:
         counts.subtract(before)
         alone_results = ask_all("the single engine", alone, requests, at_once=4)
     print_table(requests, pair, alone_results, counts)
-    say(
-        f"(Times are no benchmark: {os.cpu_count()} CPUs are shared by three engines, which busy-wait for their workers.)"
-    )
+    cpus = os.cpu_count()
+    say(f"(Times are no benchmark: {cpus} CPUs are shared by three engines, which busy-wait for their workers.)")
     return verdict(requests, pair, alone_results, counts)
 
 
