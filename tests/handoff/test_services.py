@@ -65,7 +65,6 @@ def test_layers_are_pulled_while_later_ones_are_still_computed(
         assert decode.memory.wrong(PROMPT, D_IDS) == [
             (later, i) for later in range(layer + 1, LAYERS) for i in range(5)
         ]
-    assert not decode.has_result(request) or layer == LAYERS - 1
     prefill.service.end_step()
     assert_ok(prefill, decode, request)
 
