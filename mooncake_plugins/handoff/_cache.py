@@ -58,16 +58,14 @@ class HostCache:
         num_blocks: Blocks a layer has.
 
     Raises:
-        ConfigError: A layer does not lie inside its storage.
+        ConfigError: A layer does not lie inside its storage, or its blocks overlap; nothing was registered.
     """
 
     def __init__(
         self, engine: TransferEngine, storages: Sequence[UInt8Array], places: Sequence[LayerPlace], num_blocks: int
     ) -> None:
         for layer, place in enumerate(places):
-            end = place.offset + (num_blocks - 1) * place.stride + place.block_bytes
-            if place.offset < 0 or end > storages[place.storage].size:
-                raise ConfigError("kv cache layer", layer, f"it ends at byte {end} of {storages[place.storage].size}")
+            _check_place(layer, place, [storage.size for storage in storages], num_blocks)
         self._storages, self._places = list(storages), list(places)
         regions = [engine.register(storage, rights=Rights.READ, name=f"kv-{i}") for i, storage in enumerate(storages)]
         self._layout = CacheLayout.of(
@@ -98,3 +96,13 @@ class HostCache:
             for block_id in block_ids:
                 start = place.offset + block_id * place.stride
                 storage[start : start + place.block_bytes] = 0
+
+
+def _check_place(layer: int, place: LayerPlace, sizes: Sequence[int], num_blocks: int) -> None:
+    if not 0 <= place.storage < len(sizes):
+        raise ConfigError("kv cache layer", layer, f"it lies in storage {place.storage} of {len(sizes)}")
+    if not 0 < place.block_bytes <= place.stride:
+        raise ConfigError("kv cache layer", layer, f"blocks of {place.block_bytes} bytes every {place.stride} overlap")
+    end = place.offset + (num_blocks - 1) * place.stride + place.block_bytes
+    if place.offset < 0 or end > sizes[place.storage]:
+        raise ConfigError("kv cache layer", layer, f"it ends at byte {end} of {sizes[place.storage]}")
