@@ -260,7 +260,7 @@ MUTANTS = (
         f"{HANDOFF}/_source.py",
         "now >= self._lease_until",
         "False",
-        "tests/handoff/test_source.py::test_held_blocks_are_freed_and_withdrawn_when_the_lease_is_over",
+        "tests/handoff/test_source_end.py::test_held_blocks_are_freed_and_withdrawn_when_the_lease_is_over",
     ),
     Mutant(
         "blocks are freed again when the end is reported again",
@@ -268,7 +268,7 @@ MUTANTS = (
         f"{HANDOFF}/_source.py",
         "case PrefillEnded(ok=True) if not self._is_free:",
         "case PrefillEnded(ok=True):",
-        "tests/handoff/test_source.py::test_blocks_are_freed_once_however_often_the_end_is_reported",
+        "tests/handoff/test_source_end.py::test_blocks_are_freed_once_however_often_the_end_is_reported",
     ),
     Mutant(
         "blocks are freed while the engine still computes",
@@ -276,7 +276,7 @@ MUTANTS = (
         f"{HANDOFF}/_source.py",
         "if self._consumer_done and self.state is SourceState.HELD:",
         "if self._consumer_done:",
-        "tests/handoff/test_source.py::test_a_release_before_the_prefill_has_ended_frees_when_it_ends",
+        "tests/handoff/test_source_end.py::test_a_release_before_the_prefill_has_ended_frees_when_it_ends",
     ),
     Mutant(
         "who comes after the end waits",
@@ -325,7 +325,7 @@ MUTANTS = (
         f"{HANDOFF}/_source.py",
         "        if self._had_puller:\n",
         "        if False:\n",
-        "tests/handoff/test_source.py::test_a_second_worker_is_refused_also_when_the_first_has_gone",
+        "tests/handoff/test_source_end.py::test_a_second_worker_is_refused_also_when_the_first_has_gone",
     ),
     Mutant(
         "a ticket for another prefill instance is accepted",
