@@ -23,7 +23,7 @@ from tests.mutants.catalogue import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("mooncake_plugins", "store", "conductor", "connectors", "scripts", "examples", "tests")
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 AT_ONCE = 2
 # A mutant often makes its test wait for something that never comes.
 PATIENCE_S = "4"
