@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The hand-off on real vLLM engines on this machine's CPU: added TTFT, bytes a second, disturbance of a decode.
 
-    python -m benchmarks.handoff.engines [--quick] [--two-engines] [--json FILE]
+    python -m benchmarks.handoff.engines [--quick] [--two-engines] [--pin] [--json FILE]
 
 Run it from the repository's root, in an environment with vLLM (`make venv-vllm`: .venv/vllm/bin/python). It builds its
 own random model, starts a prefill and a decode engine, the Conductor, and a single engine without the connector to
@@ -57,8 +57,11 @@ class Urls:
 
 
 @contextlib.contextmanager
-def running(folder: Path, model: Path, *, two_engines: bool) -> Iterator[Urls]:
-    """Start the engines and the Conductor; stop all of it at the end."""
+def running(folder: Path, model: Path, *, two_engines: bool, pin: bool) -> Iterator[Urls]:
+    """Start the engines and the Conductor; stop all of it at the end.
+
+    With ``pin`` the decode engine has CPU 0 for itself and everything else, this process included, shares the others.
+    """
     ports = free_ports("127.0.0.1", 5)
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     pair = ("--kv-connector", "mooncake", "--kv-role")
@@ -73,8 +76,12 @@ def running(folder: Path, model: Path, *, two_engines: bool) -> Iterator[Urls]:
     started: list[Process] = []
 
     def start(name: str, argv: list[str]) -> Process:
-        started.append(Process(name, argv, folder / f"{name}.log", engine_environment()))
+        prefix = ("taskset", "-c", "0") if pin and name == "decode" else ()
+        started.append(Process(name, argv, folder / f"{name}.log", engine_environment(), prefix))
         return started[-1]
+
+    if pin:
+        os.sched_setaffinity(0, os.sched_getaffinity(0) - {0})
 
     try:
         waiting = []
@@ -222,14 +229,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer prompts and windows: a look")
     parser.add_argument("--two-engines", action="store_true", help="no third engine: decode computes what is 'alone'")
+    parser.add_argument("--pin", action="store_true", help="CPU 0 for the decode engine alone (needs taskset)")
     parser.add_argument("--json", type=Path, help="keep every measurement in this file")
     given = parser.parse_args()
-    prompts, rounds, answer_tokens = (3, 2, 200) if given.quick else (10, 5, 400)
+    prompts, rounds, answer_tokens = (3, 4, 300) if given.quick else (10, 5, 400)
 
-    record = {"machine": machine(), "load_before": os.getloadavg(), "two_engines": given.two_engines}
+    record = {"machine": machine(), "load_before": os.getloadavg(), "two_engines": given.two_engines, "pin": given.pin}
     with tempfile.TemporaryDirectory(prefix="mooncake-bench-") as name:
         folder = Path(name)
-        with running(folder, make_model(folder / "model", *MODEL), two_engines=given.two_engines) as urls:
+        model = make_model(folder / "model", *MODEL)
+        with running(folder, model, two_engines=given.two_engines, pin=given.pin) as urls:
             for url in (urls.endpoint, urls.alone):
                 for number in range(2):
                     time_to_first_token(url, random_prompt(SIZES[1], ("warm-up", url, number)))
