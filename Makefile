@@ -25,7 +25,7 @@ check: ## lint, types, layering
 demo: ## prefill and decode apart on two CPU engines, compared with a single engine; ARGS go to scripts/demo.py
 	@python=$$($(FIND_PYTHON)) && PYTHON="$$python" scripts/demo.sh $(ARGS)
 
-bench: ## run the benchmarks that need no engine; results go to benchmarks/ (see benchmarks/README.md)
+bench: ## run the benchmarks that need no engine (see benchmarks/README.md); ARGS=conductor chooses one
 	@python=$$($(FIND_PYTHON)) && PYTHON="$$python" scripts/bench.sh $(ARGS)
 
 clean: ## remove what is made inside this checkout, .venv included
