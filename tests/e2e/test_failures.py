@@ -220,9 +220,7 @@ def test_without_checks_wrong_bytes_change_the_tokens(faulty: FaultyFleet, expec
     faulty.start_engines("decode", decode_options={"MOONCAKE_HANDOFF_VERIFY": "false"})
     faulty.wait_for_engines("decode")
     eventually(lambda: complete(faulty.endpoint, [5, 6, 7]).status == 200, what="decode is taken back")
-    eventually(
-        lambda: _pulls(faulty) > 0 or complete(faulty.endpoint, random_tokens(40, time.monotonic())).status != 200
-    )
+    eventually(partial(_hands_over, faulty), what="the Conductor pairs the new decode engine")
     prompt = random_tokens(500, "zeros")
     before = handoff_counts(faulty.url("decode"))
     faulty.faults.set("zero")
@@ -233,8 +231,10 @@ def test_without_checks_wrong_bytes_change_the_tokens(faulty: FaultyFleet, expec
     assert answer.token_ids != expect(prompt)
 
 
-def _pulls(faulty: FaultyFleet) -> int:
-    return handoff_counts(faulty.url("decode"))["pulls_ok"]
+def _hands_over(faulty: FaultyFleet) -> bool:
+    """Ask for a prompt that nobody has; tell whether decode has pulled one by now."""
+    assert complete(faulty.endpoint, random_tokens(40, time.monotonic())).status == 200
+    return handoff_counts(faulty.url("decode"))["pulls_ok"] > 0
 
 
 def test_prefill_killed_mid_transfer_is_answered_rightly(faulty: FaultyFleet, expect: Any) -> None:

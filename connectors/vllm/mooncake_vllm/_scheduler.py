@@ -206,7 +206,6 @@ class SchedulerSide:
             return 0, False
         tokens = entry.tokens - num_computed_tokens
         if tokens < _LEAST_TOKENS:
-            self._watch.end(entry.ticket.id, release="short")
             self._compute_here(entry, "short")
             return 0, False
         return tokens, True
